@@ -1,0 +1,282 @@
+"""The settings: TRL's flat, mutable `PPOConfig`, and the frozen `SamplingConfig` of the engine."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+KL_PENALTIES = ("kl", "abs", "mse", "full", "k1", "k2", "k3")
+COMPAT = "trl-0.7"
+
+
+@dataclass
+class PPOConfig:
+    """Settings of `PPOTrainer`, under TRL's names and with TRL 0.11's defaults.
+
+    It is flat and mutable, as in TRL; `check()` runs when a trainer starts.
+    """
+
+    exp_name: str = field(default_factory=lambda: os.path.splitext(os.path.basename(sys.argv[0]))[0])
+    """Name of the run in a tracker."""
+    seed: int = 0
+    """Seed of sampling, shuffling and initialisation."""
+    log_with: str | None = None
+    """Tracker: wandb, tensorboard or trackio."""
+    task_name: str | None = None
+    model_name: str = "gpt2"
+    query_dataset: str = "imdb"
+    reward_model: str = ""
+    remove_unused_columns: bool = True
+    """Drop the columns of a dataset that neither the model nor the loop reads."""
+    tracker_kwargs: dict[str, Any] = field(default_factory=dict)
+    accelerator_kwargs: dict[str, Any] = field(default_factory=dict)
+    project_kwargs: dict[str, Any] = field(default_factory=dict)
+    tracker_project_name: str = "fastppo"
+    push_to_hub_if_best_kwargs: dict[str, Any] = field(default_factory=dict)
+    steps: int = 20000
+    """Samples, not iterations: TRL's meaning. Only its own loop reads it."""
+    learning_rate: float = 1.41e-5
+    lr_scheduler_type: str = "constant"
+    """Name of a transformers schedule: constant, linear, cosine, ..."""
+    warmup_steps: int = 0
+    """Iterations of linear warm-up."""
+    adap_kl_ctrl: bool = True
+    """Adapt the KL coefficient towards `target`; otherwise it stays at `init_kl_coef`."""
+    init_kl_coef: float = 0.2
+    kl_penalty: str = "kl"
+    """kl (k1), abs, mse (k2), full (exact, over the vocabulary), or k1, k2, k3."""
+    target: float = 6.0
+    """Sequence KL, in nats, that the adaptive controller aims at."""
+    horizon: float = 10000.0
+    gamma: float = 1.0
+    lam: float = 0.95
+    lam_critic: float | None = None
+    """Lambda of the returns that the critic learns; None means `lam`."""
+    cliprange: float = 0.2
+    cliprange_high: float | None = None
+    """Upper clip of the ratio; None means `cliprange`."""
+    cliprange_value: float = 0.2
+    vf_coef: float = 0.1
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus in the loss."""
+    loss_aggregation: str = "token-mean"
+    """token-mean, or sequence-mean: the mean over samples of each sample's token mean."""
+    batch_size: int = 128
+    """Samples in a step."""
+    forward_batch_size: int | None = None
+    """TRL's old name of mini_batch_size."""
+    mini_batch_size: int = 128
+    """Samples in a forward pass of the update, at most."""
+    gradient_accumulation_steps: int = 1
+    """An optimiser step is taken for every mini_batch_size * gradient_accumulation_steps samples."""
+    ppo_epochs: int = 4
+    max_grad_norm: float | None = None
+    optimize_cuda_cache: bool | None = None
+    """TRL's old name of optimize_device_cache."""
+    optimize_device_cache: bool = False
+    """Give cached device memory back after every step."""
+    early_stopping: bool = False
+    target_kl: float = 1.0
+    """With early_stopping: end the epochs once a minibatch's approximate KL exceeds 1.5 times this."""
+    compare_steps: int = 1
+    """Steps between comparisons with the best mean score, for push_to_hub_if_best_kwargs."""
+    ratio_threshold: float = 10.0
+    """Skip the optimiser step of a minibatch whose mean ratio exceeds this."""
+    use_score_scaling: bool = False
+    use_score_norm: bool = False
+    score_clip: float | None = None
+    whiten_rewards: bool = False
+    missing_eos_penalty: float | None = None
+    """Subtracted from the score of a response that does not end in an end-of-sequence token."""
+    gradient_checkpointing: bool = False
+    overlong_prompts: str = "error"
+    """What `train` does with prompts that do not fit the context: error, drop or truncate (from the left)."""
+    max_skipped_steps: int = 5
+    """Raise after this many consecutive optimiser steps without a finite gradient."""
+    compat: str | None = None
+    """"trl-0.7" switches on every old behaviour that was changed since."""
+    dataset_num_proc: int | None = None
+    world_size: int | None = None
+    is_encoder_decoder: bool | None = None
+    is_peft_model: bool | None = None
+    backward_batch_size: int | None = None
+    global_backward_batch_size: int | None = None
+    global_batch_size: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as one flat dictionary, nested ones with `/` in their names."""
+        flat: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            if isinstance(value, Mapping):
+                flat.update({f"{name}/{key}": item for key, item in value.items()})
+            else:
+                flat[name] = value
+        return flat
+
+    def check(self) -> None:
+        """Raise ValueError, with the value, the expectation and the remedy, if a setting cannot work."""
+        self._adopt_old_names()
+        for name, is_right, expectation in _RULES:
+            value = getattr(self, name)
+            if value is not None and not is_right(value):
+                raise ValueError(f"PPOConfig.{name} must be {expectation}, got {value!r}")
+        # A minibatch cannot exceed the batch: TRL 0.11's default of 128 would refuse every smaller batch.
+        per_step = self.gradient_accumulation_steps
+        self.mini_batch_size = min(self.mini_batch_size, max(1, self.batch_size // per_step))
+        self.backward_batch_size = self.mini_batch_size * per_step
+        if self.batch_size % self.backward_batch_size:
+            raise ValueError(
+                f"PPOConfig.batch_size ({self.batch_size}) must be a multiple of mini_batch_size * "
+                f"gradient_accumulation_steps ({self.mini_batch_size} * {per_step} = {self.backward_batch_size})"
+            )
+        self.world_size = 1
+        self.global_batch_size = self.batch_size
+        self.global_backward_batch_size = self.backward_batch_size
+
+    def _adopt_old_names(self) -> None:
+        if self.forward_batch_size is not None:
+            self.mini_batch_size = self.forward_batch_size
+        if self.optimize_cuda_cache is not None:
+            self.optimize_device_cache = self.optimize_cuda_cache
+
+    @property
+    def is_compat(self) -> bool:
+        """Whether TRL 0.7's old behaviour is asked for."""
+        return self.compat == COMPAT
+
+
+def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: value in names), "one of " + ", ".join(names)
+
+
+_POSITIVE: tuple[Callable[[Any], bool], str] = (lambda value: value > 0), "greater than 0"
+_AT_LEAST_0: tuple[Callable[[Any], bool], str] = (lambda value: value >= 0), "at least 0"
+_COUNT: tuple[Callable[[Any], bool], str] = (lambda value: value == int(value) and value >= 1), "a whole number from 1"
+_SHARE: tuple[Callable[[Any], bool], str] = (lambda value: 0 <= value <= 1), "between 0 and 1"
+_RULES: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("log_with", *_one_of("wandb", "tensorboard", "trackio")),
+    ("learning_rate", *_POSITIVE),
+    ("warmup_steps", *_AT_LEAST_0),
+    ("init_kl_coef", *_AT_LEAST_0),
+    ("kl_penalty", *_one_of(*KL_PENALTIES)),
+    ("target", *_POSITIVE),
+    ("horizon", *_POSITIVE),
+    ("gamma", *_SHARE),
+    ("lam", *_SHARE),
+    ("lam_critic", *_SHARE),
+    ("cliprange", (lambda value: 0 < value <= 1), "greater than 0 and at most 1"),
+    ("cliprange_high", *_POSITIVE),
+    ("cliprange_value", *_POSITIVE),
+    ("vf_coef", *_AT_LEAST_0),
+    ("loss_aggregation", *_one_of("token-mean", "sequence-mean")),
+    ("batch_size", *_COUNT),
+    ("mini_batch_size", *_COUNT),
+    ("gradient_accumulation_steps", *_COUNT),
+    ("ppo_epochs", *_COUNT),
+    ("max_grad_norm", *_POSITIVE),
+    ("target_kl", *_POSITIVE),
+    ("compare_steps", *_COUNT),
+    ("ratio_threshold", *_POSITIVE),
+    ("score_clip", *_POSITIVE),
+    ("overlong_prompts", *_one_of("error", "drop", "truncate")),
+    ("max_skipped_steps", *_COUNT),
+    ("compat", *_one_of(COMPAT)),
+]
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the engine draws tokens. Names and meanings are those of transformers' generation arguments."""
+
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    """Tokens before an end-of-sequence token may be drawn."""
+    do_sample: bool = True
+    """False takes the most probable token."""
+    temperature: float = 1.0
+    top_k: int = 0
+    """Draw from the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Draw from the smallest set of most probable tokens that has this much probability."""
+    stop_ids: tuple[int, ...] | None = None
+    """Tokens that end a response; None takes those of the model's generation config and tokenizer."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a response as soon as it contains one; they need a tokenizer."""
+    seed: int | None = None
+    """Seed of this call's random numbers; None takes the engine's."""
+
+    def __post_init__(self) -> None:
+        checks = [
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "between 0 and max_new_tokens"),
+            ("temperature", 0 < self.temperature < float("inf"), "greater than 0; use do_sample=False for greedy"),
+            ("top_k", self.top_k >= 0, "at least 0; 0 keeps all tokens"),
+            ("top_p", 0 < self.top_p <= 1, "greater than 0 and at most 1"),
+        ]
+        for name, is_right, expectation in checks:
+            if not is_right:
+                raise ValueError(f"SamplingConfig.{name} must be {expectation}, got {getattr(self, name)!r}")
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether tokens of non-zero probability can be excluded from the draw."""
+        return self.do_sample and (self.top_k > 0 or self.top_p < 1.0)
+
+    @classmethod
+    def from_generation_kwargs(cls, **kwargs: Any) -> SamplingConfig:
+        """Translate transformers' generation arguments; raise ValueError for those that change what is sampled."""
+        known = {f.name for f in fields(cls)}
+        own: dict[str, Any] = {name: value for name, value in kwargs.items() if name in known and value is not None}
+        rest = {name: value for name, value in kwargs.items() if name not in known and value is not None}
+        own["top_k"] = int(own.get("top_k", 0))
+        own["max_new_tokens"] = int(own.get("max_new_tokens", cls.max_new_tokens))
+        own["min_new_tokens"] = max(0, int(own.get("min_new_tokens", 0)))
+        eos = rest.pop("eos_token_id", None)
+        if eos is not None and own.get("stop_ids") is None:
+            own["stop_ids"] = tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+        if isinstance(own.get("stop_strings"), str):
+            own["stop_strings"] = (own["stop_strings"],)
+        own["stop_strings"] = tuple(own.get("stop_strings", ()))
+        _refuse_unsupported(rest)
+        return cls(**own)
+
+    def limited_to(self, max_new_tokens: int) -> SamplingConfig:
+        """Return the same settings with another length limit."""
+        return replace(self, max_new_tokens=max_new_tokens, min_new_tokens=min(self.min_new_tokens, max_new_tokens))
+
+
+# Arguments of `generate` that scripts pass and that change nothing here, with the only values for which that holds.
+_WITHOUT_EFFECT: dict[str, Callable[[Any], bool]] = {
+    "pad_token_id": lambda value: True,
+    "bos_token_id": lambda value: True,
+    "use_cache": lambda value: True,
+    "min_length": lambda value: value <= 0,
+    "num_beams": lambda value: value == 1,
+    "num_return_sequences": lambda value: value == 1,
+    "repetition_penalty": lambda value: value == 1.0,
+    "no_repeat_ngram_size": lambda value: value == 0,
+    "length_penalty": lambda value: value == 1.0,
+    "typical_p": lambda value: value == 1.0,
+    "return_dict_in_generate": lambda value: not value,
+    "output_scores": lambda value: not value,
+    "pad_to_multiple_of": lambda value: True,
+    "remove_padding": lambda value: True,
+}
+
+
+def _refuse_unsupported(rest: Mapping[str, Any]) -> None:
+    for name, value in rest.items():
+        if name not in _WITHOUT_EFFECT:
+            raise ValueError(f"unknown generation argument {name}={value!r}; known: {sorted(_names_of_arguments())}")
+        if not _WITHOUT_EFFECT[name](value):
+            raise ValueError(
+                f"generation argument {name}={value!r} would sample from another distribution than the one that the "
+                "update scores; leave it out, or shape the reward instead (min_new_tokens, top_k and top_p work)"
+            )
+
+
+def _names_of_arguments() -> set[str]:
+    return {f.name for f in fields(SamplingConfig)} | set(_WITHOUT_EFFECT) | {"eos_token_id"}

@@ -1,0 +1,210 @@
+"""PPO's mathematics on flat, ragged tensors: rewards, advantages, losses, statistics, KL controllers.
+
+Pure functions, tensors in and tensors out; only this file puts the settings and the operations together.
+Shapes as in `types.py`: (T,) per trainable token, (B,) per sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastppo import ops
+from fastppo.config import PPOConfig
+from fastppo.types import Evaluation, segment_ids
+
+
+def shape_rewards(
+    scores: Tensor, evaluation: Evaluation, offsets: Tensor, kl_coef: float, kind: str
+) -> tuple[Tensor, Tensor]:
+    """Return (rewards, penalties), (T,): -β·KL on every token and, on each sample's last one, its score (B,).
+
+    Source: Ziegler et al. (arXiv:1909.08593) section 2; TRL 0.7.4 `compute_rewards`.
+    """
+    if kind == "full" and evaluation.exact_kl is not None:
+        kl = evaluation.exact_kl
+    else:
+        kl = ops.kl_penalty(evaluation.logprobs, evaluation.ref_logprobs, kind)
+    penalties = -kl_coef * kl
+    rewards = penalties.clone()
+    rewards[offsets[1:].to(rewards.device) - 1] += scores
+    return rewards, penalties
+
+
+def estimate_advantages(rewards: Tensor, values: Tensor, offsets: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """Return (advantages, returns), (T,): GAE over the trainable tokens alone, advantages whitened over the batch.
+
+    The critic's returns use `lam_critic` where it is set (VC-PPO, arXiv:2503.01491, section 4).
+    """
+    if config.whiten_rewards:
+        rewards = ops.whiten(rewards, shift_mean=False)
+    advantages = ops.gae(rewards, values, offsets, config.gamma, config.lam)
+    for_critic = advantages
+    if config.lam_critic is not None and config.lam_critic != config.lam:
+        for_critic = ops.gae(rewards, values, offsets, config.gamma, config.lam_critic)
+    return ops.whiten(advantages), for_critic + values
+
+
+def estimate_advantages_trl07(
+    rewards: Tensor, values: Tensor, mask: Tensor, config: PPOConfig
+) -> tuple[Tensor, Tensor]:
+    """Return (advantages, returns), (B, L - 1), as TRL 0.7.4 does: over all positions of the padded batch.
+
+    Masked positions count as time steps of value 0, so that a gap in a response decays what comes after it, and
+    whitened rewards leave the mean in them. mask (B, L - 1) bool. Only for compat="trl-0.7".
+    """
+    values, rewards = values * mask, rewards * mask
+    if config.whiten_rewards:
+        trained = rewards[mask]
+        rewards = (rewards - trained.mean()) * torch.rsqrt(trained.var() + 1e-8) + trained.mean()
+    rows, columns = rewards.shape
+    offsets = torch.arange(rows + 1) * columns
+    advantages = ops.gae(rewards.flatten(), values.flatten(), offsets, config.gamma, config.lam).view(rows, columns)
+    trained = advantages[mask]
+    whitened = (advantages - trained.mean()) * torch.rsqrt(trained.var() + 1e-8) if len(trained) > 1 else advantages
+    return whitened, advantages + values
+
+
+def token_weights(offsets: Tensor, rows: list[int], aggregation: str) -> Tensor:
+    """Return the weight (T',) of each trainable token of the samples `rows` in their mean loss; they sum to 1.
+
+    token-mean: 1 / T'.  sequence-mean: 1 / (number of samples · tokens of the sample).
+    """
+    lengths = offsets.diff()[rows]
+    if aggregation == "token-mean":
+        return torch.full((int(lengths.sum()),), 1.0 / max(1, int(lengths.sum())))
+    return torch.repeat_interleave(1.0 / (len(rows) * lengths), lengths)
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyLoss:
+    """PPO's clipped policy loss with an entropy bonus, as a row loss for `ops.linear_loss`.
+
+    Called with a chunk's log-probs and entropies (C,) it returns their weighted losses (C,), and keeps both for the
+    statistics. With `old_logprobs` None the ratio is that of the first step: 1, with the gradient of the log-prob.
+    """
+
+    old_logprobs: Tensor | None  # (T',)
+    advantages: Tensor  # (T',)
+    weights: Tensor  # (T',)
+    clip_low: float
+    clip_high: float
+    entropy_coef: float
+    logprobs: Tensor  # (T',), filled chunk by chunk
+    entropies: Tensor  # (T',), filled chunk by chunk
+
+    def __call__(self, logprobs: Tensor, entropies: Tensor, rows: Tensor) -> Tensor:
+        """Return the weighted losses (C,) of the rows numbered `rows` (C,)."""
+        self.logprobs[rows], self.entropies[rows] = logprobs.detach(), entropies.detach()
+        old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs[rows]
+        loss = ops.clipped_policy_loss(logprobs, old, self.advantages[rows], self.clip_low, self.clip_high)
+        if self.entropy_coef:
+            loss = loss - self.entropy_coef * entropies
+        return loss * self.weights[rows]
+
+
+def policy_statistics(
+    new: Tensor, old: Tensor, entropies: Tensor, advantages: Tensor, weights: Tensor, config: PPOConfig
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return TRL's policy statistics of one minibatch, device scalars, and the ratios (T',)."""
+    ratio = torch.exp(new - old)
+    high = config.cliprange if config.cliprange_high is None else config.cliprange_high
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - config.cliprange, 1 + high)
+    stats = {
+        "loss/policy": (torch.maximum(unclipped, clipped) * weights).sum(),
+        "policy/entropy": entropies.mean(),
+        "policy/approxkl": 0.5 * (new - old).square().mean(),
+        "policy/policykl": (old - new).mean(),
+        "policy/clipfrac": (clipped > unclipped).float().mean(),
+        "policy/advantages_mean": advantages.mean(),
+    }
+    return stats, ratio
+
+
+def value_statistics(
+    new: Tensor, old: Tensor, returns: Tensor, weights: Tensor, config: PPOConfig
+) -> dict[str, Tensor]:
+    """Return TRL's value statistics of one minibatch: device scalars. Variances are unbiased, 0 for one token."""
+    clipped = torch.clamp(new, old - config.cliprange_value, old + config.cliprange_value)
+    errors, clipped_errors = (new - returns).square(), (clipped - returns).square()
+    return {
+        "loss/value": (0.5 * torch.maximum(errors, clipped_errors) * weights).sum(),
+        "val/vpred": new.mean(),
+        "val/error": errors.mean(),
+        "val/clipfrac": (clipped_errors > errors).float().mean(),
+        "val/mean": old.mean(),
+        "val/var": _variance(old),
+        "returns/mean": returns.mean(),
+        "returns/var": _variance(returns),
+    }
+
+
+def _variance(x: Tensor) -> Tensor:
+    return x.var() if x.numel() > 1 else torch.zeros_like(x).sum()
+
+
+def sample_sums(x: Tensor, offsets: Tensor) -> Tensor:
+    """Return the sum of the (T,) entries of each sample, (B,)."""
+    sums = x.new_zeros(len(offsets) - 1)
+    return sums.index_add_(0, segment_ids(offsets).to(x.device), x)
+
+
+class AdaptiveKLController:
+    """Proportional controller of the KL coefficient: β ← β (1 + clip(KL / target - 1, ±0.2) n / horizon).
+
+    Source: Ziegler et al. (arXiv:1909.08593) section 2.2.
+    """
+
+    def __init__(self, init_kl_coef: float, target: float, horizon: float):
+        self.value, self.target, self.horizon = init_kl_coef, target, horizon
+
+    def update(self, current: float, n_steps: int) -> None:
+        """Move the coefficient after `n_steps` samples whose mean sequence KL was `current` nats."""
+        error = min(max(current / self.target - 1, -0.2), 0.2)
+        self.value *= 1 + error * n_steps / self.horizon
+
+
+class FixedKLController:
+    """A KL coefficient that stays as it is."""
+
+    def __init__(self, kl_coef: float):
+        self.value = kl_coef
+
+    def update(self, current: float, n_steps: int) -> None:
+        """Do nothing."""
+
+
+class RunningMoments:
+    """Mean and unbiased standard deviation of all the numbers seen so far.
+
+    Source: Chan et al., "Algorithms for computing the sample variance" (1983), the parallel update.
+    """
+
+    def __init__(self, accelerator: object = None):
+        del accelerator  # TRL's signature; with one process there is nothing to gather
+        self.mean, self.std, self.var, self.count = 0.0, 1.0, 1.0, 1e-24
+
+    @torch.no_grad()
+    def update(self, xs: Tensor) -> tuple[float, float]:
+        """Take in a batch (N,); return its own mean and unbiased standard deviation (0 for one number)."""
+        count = xs.numel()
+        xs = xs.double()
+        mean, variance = float(xs.mean()), float(xs.var(unbiased=False))
+        delta, total = mean - self.mean, self.count + count
+        sum_of_squares = self.var * self.count + variance * count + delta**2 * self.count * count / total
+        self.mean += delta * count / total
+        self.var, self.count = sum_of_squares / total, total
+        self.std = (self.var * total / (total - 1)) ** 0.5 if total > 1 else 0.0
+        return mean, (variance * count / (count - 1)) ** 0.5 if count > 1 else 0.0
+
+
+def process_scores(scores: Tensor, running: RunningMoments, config: PPOConfig) -> Tensor:
+    """Return the scores (B,) after the scaling, normalising and clipping that the settings ask for."""
+    if config.use_score_scaling:
+        running.update(scores)
+        mean = running.mean if config.use_score_norm else 0.0
+        # One number has no spread yet: leave its scale alone.
+        scores = (scores - mean) / ((running.std or 1.0) + torch.finfo(scores.dtype).eps)
+    return scores.clamp(-config.score_clip, config.score_clip) if config.score_clip is not None else scores

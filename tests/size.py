@@ -1,0 +1,48 @@
+"""Print the lines of every file of the package and fail above the ceilings that keep it readable."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CEILINGS = {"fastppo": 9_000, "csrc": 5_000, "a query to an update": 1_500}
+# What a reader opens to follow a query to an update, in that order.
+QUERY_TO_UPDATE = [
+    "fastppo/trainers/ppo.py",
+    "fastppo/types.py",
+    "fastppo/engine/engine.py",
+    "fastppo/ppo.py",
+    "fastppo/ops.py",
+    "fastppo/reference.py",
+]
+
+
+def count(path: Path) -> int:
+    """Return the number of lines of a file."""
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def groups() -> dict[str, list[Path]]:
+    """Return the files that each ceiling covers."""
+    return {
+        "fastppo": sorted((ROOT / "fastppo").rglob("*.py")),
+        "csrc": sorted([*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.hpp")]),
+        "a query to an update": [ROOT / name for name in QUERY_TO_UPDATE],
+    }
+
+
+def main() -> int:
+    """Print the table; return 1 if a ceiling is broken, else 0."""
+    is_over = False
+    for name, files in groups().items():
+        lines = {path: count(path) for path in files}
+        for path, number in lines.items():
+            print(f"{number:6d}  {path.relative_to(ROOT)}")
+        total, ceiling = sum(lines.values()), CEILINGS[name]
+        verdict = "over the ceiling" if total > ceiling else "of"
+        print(f"{total:6d}  {name} ({verdict} {ceiling})\n")
+        is_over |= total > ceiling
+    return int(is_over)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
