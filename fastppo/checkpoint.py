@@ -1,0 +1,159 @@
+"""What a checkpoint holds, and how it is written and read: safetensors and JSON, never a pickle.
+
+checkpoint-000010/
+  model.safetensors, config.json, ...   the model, or adapter_model.safetensors and value_head.safetensors
+  optimizer.safetensors                 the optimiser's tensors, `<parameter number>.<name>`
+  random.safetensors                    the states of torch's and numpy's global generators
+  state.json                            everything else: counters, controller, running moments, schedule, cursor
+  manifest.json                         sha256 and size of every other file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastppo.atomic import Pathlike, atomic_directory, write_json
+
+_MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-\d+")
+
+
+def save_checkpoint(directory: Pathlike, model: Any, tokenizer: Any, optimizer: Any, state: dict[str, Any]) -> Path:
+    """Write a checkpoint; the directory appears whole or not at all. `state` must be JSON."""
+    with atomic_directory(directory) as target:
+        model.save_pretrained(target)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+        tensors, groups = _optimizer_state(optimizer)
+        save_file(tensors, target / "optimizer.safetensors")
+        save_file(_random_tensors(), target / "random.safetensors")
+        everything = {**state, "optimizer_groups": groups, "random": _random_numbers()}
+        (target / "state.json").write_text(json.dumps(everything, indent=2), encoding="utf-8")
+        write_json(target / _MANIFEST, {file.name: _digest(file) for file in sorted(target.iterdir())})
+    return Path(directory)
+
+
+def load_checkpoint(
+    directory: Pathlike, model: Any, optimizer: Any, check: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Load model, optimiser and random generators in place; return the rest of the state.
+
+    `check` sees the state before anything is changed, and raises if it does not fit.
+    Raises ValueError for a directory that is no checkpoint, is damaged, or belongs to another model.
+    """
+    directory = Path(directory)
+    verify(directory)
+    state: dict[str, Any] = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+    check(state)
+    _load_model(directory, model)
+    _load_optimizer(optimizer, load_file(directory / "optimizer.safetensors"), state.pop("optimizer_groups"))
+    _restore_random(load_file(directory / "random.safetensors"), state.pop("random"))
+    return state
+
+
+def latest_checkpoint(directory: Pathlike) -> Path:
+    """Return the newest undamaged checkpoint under a run's directory; ValueError if there is none."""
+    found = [path for path in Path(directory).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:
+            verify(path)
+        except ValueError:
+            continue
+        return path
+    raise ValueError(f"{directory} holds no whole checkpoint (looked at {len(found)}); start the run anew")
+
+
+def verify(directory: Pathlike) -> None:
+    """Raise ValueError unless every file is there with the size and checksum that were written."""
+    directory = Path(directory)
+    if not (directory / _MANIFEST).is_file():
+        raise ValueError(f"{directory} is no checkpoint: it has no {_MANIFEST}; pass a checkpoint-<step> directory")
+    manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
+    for name, expected in manifest.items():
+        file = directory / name
+        if not file.is_file() or _digest(file) != expected:
+            raise ValueError(f"{file} is missing or damaged; resume from an older checkpoint")
+
+
+def _digest(file: Path) -> dict[str, Any]:
+    checksum = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(2**20):
+            checksum.update(block)
+    return {"sha256": checksum.hexdigest(), "bytes": file.stat().st_size}
+
+
+def _load_model(directory: Path, model: Any) -> None:
+    """Copy the saved weights into the model's own tensors."""
+    saved: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        if file.name not in ("optimizer.safetensors", "random.safetensors"):
+            saved |= load_file(file)
+    own = dict(model.state_dict())
+    if model.is_peft_model:
+        adapter = next(iter(model.pretrained_model.active_adapters))
+        own = {name.replace(f".{adapter}", ""): tensor for name, tensor in own.items()}
+    unknown = sorted(name for name in saved if name not in own or own[name].shape != saved[name].shape)
+    if unknown:
+        raise ValueError(f"{directory} belongs to another model: it holds {unknown[:3]} ({len(unknown)} such tensors)")
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            own[name].copy_(tensor)
+
+
+def _optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    state = optimizer.state_dict()
+    tensors = {
+        f"{number}.{name}": value.detach().cpu().contiguous()
+        for number, entries in state["state"].items()
+        for name, value in entries.items()
+        if isinstance(value, Tensor)
+    }
+    return tensors, state["param_groups"]
+
+
+def _load_optimizer(optimizer: Any, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
+    expected = [len(group["params"]) for group in optimizer.param_groups]
+    if [len(group["params"]) for group in groups] != expected:
+        raise ValueError(f"the checkpoint's optimiser trains other parameters than this one ({expected} of them)")
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _random_tensors() -> dict[str, Tensor]:
+    state: Any = np.random.get_state()
+    keys = state[1]
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def _random_numbers() -> dict[str, Any]:
+    state: Any = np.random.get_state()
+    name, _, position, has_gauss, gauss = state
+    return {"python": random.getstate(), "numpy": [name, position, has_gauss, gauss]}
+
+
+def _restore_random(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    version, keys, gauss = numbers["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, position, has_gauss, cached = numbers["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])

@@ -1,0 +1,1 @@
+"""Generation on the very weights that are trained."""

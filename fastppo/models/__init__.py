@@ -1,0 +1,1 @@
+"""One network, many parts: value heads, adapters, the reference, and the passes that train and score them."""

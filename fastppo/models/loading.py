@@ -1,0 +1,150 @@
+"""Loading: which base, which adapter, which dtype, which value head."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+_HEAD_PREFIX = "v_head."
+_HEAD_FILE = "value_head.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded model and the value head that lay beside it, if any."""
+
+    model: Any
+    value_head: dict[str, Tensor] | None
+
+
+def load_base(source: Any, *model_args: Any, **kwargs: Any) -> Source:
+    """Load a model by name or path, or take a loaded one; add or continue an adapter. See `from_pretrained`."""
+    peft_config = kwargs.pop("peft_config", None)
+    is_trainable = kwargs.pop("is_trainable", True)
+    _check_peft_config(peft_config)
+    if not isinstance(source, (str, os.PathLike)):
+        return Source(_with_adapter(source, peft_config), None)
+    name = os.fspath(source)
+    kwargs = translate_quantisation(kwargs)
+    hub = {key: kwargs[key] for key in ("revision", "token", "subfolder", "cache_dir") if key in kwargs}
+    head = read_value_head(name, **hub)
+    if _find(name, "adapter_config.json", **hub) is not None:
+        if peft_config is not None:
+            raise ValueError(
+                f"{name} is an adapter already, so peft_config cannot add another; leave peft_config out to train it "
+                "further, or load its base model"
+            )
+        return Source(_load_adapter(name, is_trainable, *model_args, **kwargs), head)
+    if "dtype" not in kwargs:  # a frozen base may stay in the checkpoint's dtype; what is trained may not
+        kwargs["dtype"] = "auto" if peft_config is not None else torch.float32
+    return Source(_with_adapter(_load_transformers(name, *model_args, **kwargs), peft_config), head)
+
+
+def translate_quantisation(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Turn load_in_8bit, load_in_4bit, bnb_* and torch_dtype, which transformers 5 refuses, into what it takes."""
+    kwargs = dict(kwargs)
+    if "torch_dtype" in kwargs:
+        kwargs["dtype"] = kwargs.pop("torch_dtype")
+    names = [name for name in kwargs if name.startswith(("load_in_", "bnb_", "llm_int8_"))]
+    options = {name: kwargs.pop(name) for name in names}
+    if not (options.get("load_in_8bit") or options.get("load_in_4bit")):
+        return kwargs
+    if kwargs.get("quantization_config") is not None:
+        raise ValueError(f"got both quantization_config and {sorted(options)}; pass only quantization_config")
+    from transformers import BitsAndBytesConfig
+
+    kwargs["quantization_config"] = BitsAndBytesConfig(**options)
+    kwargs.setdefault("device_map", {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"})
+    return kwargs
+
+
+def _check_peft_config(peft_config: Any) -> None:
+    if peft_config is None:
+        return
+    from peft import PeftConfig
+
+    if not isinstance(peft_config, PeftConfig):
+        raise ValueError(f"peft_config must be a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}")
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise ValueError(
+            f"prompt-learning adapters ({type(peft_config).__name__}) have no reference to fall back to; use LoraConfig"
+        )
+
+
+def _load_transformers(name: str, *model_args: Any, **kwargs: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(name, *model_args, **kwargs)
+
+
+def _load_adapter(name: str, is_trainable: bool, *model_args: Any, **kwargs: Any) -> Any:
+    from peft import PeftConfig, PeftModel
+
+    base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
+    base = _load_transformers(str(base_name), *model_args, **{"dtype": "auto", **kwargs})
+    return PeftModel.from_pretrained(base, name, is_trainable=is_trainable)
+
+
+def _with_adapter(model: Any, peft_config: Any) -> Any:
+    if peft_config is None:
+        return model
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if hasattr(model, "peft_config"):
+        raise ValueError("the model has an adapter already; pass it without peft_config, or pass its base model")
+    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return get_peft_model(model, peft_config)
+
+
+def _find(name: str, file: str, **hub: Any) -> str | None:
+    from transformers.utils.hub import cached_file
+
+    found: str | None = cached_file(
+        name,
+        file,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+        **hub,
+    )
+    return found
+
+
+def read_value_head(name: str, **hub: Any) -> dict[str, Tensor] | None:
+    """Return the tensors of a checkpoint's value head, without their prefix, or None if it has none.
+
+    Raises ValueError if the head is only there as a pickle, which is never opened.
+    """
+    for file in (_HEAD_FILE, "model.safetensors", *_head_shards(name, **hub)):
+        path = _find(name, file, **hub)
+        head = _head_tensors(path) if path is not None else {}
+        if head:
+            return head
+    has_weights = _find(name, "model.safetensors", **hub) or _find(name, "model.safetensors.index.json", **hub)
+    if not has_weights and _find(name, "pytorch_model.bin", **hub):
+        raise ValueError(
+            f"{name} holds pytorch_model.bin, a pickle, which is never opened; run: fastppo convert {name}"
+        )
+    return None
+
+
+def _head_shards(name: str, **hub: Any) -> list[str]:
+    index = _find(name, "model.safetensors.index.json", **hub)
+    if index is None:
+        return []
+    with open(index, encoding="utf-8") as file:
+        weight_map = json.load(file)["weight_map"]
+    return sorted({shard for tensor, shard in weight_map.items() if tensor.startswith(_HEAD_PREFIX)})
+
+
+def _head_tensors(path: str) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(_HEAD_PREFIX)]  # noqa: SIM118 - not a mapping
+        return {name.removeprefix(_HEAD_PREFIX): file.get_tensor(name) for name in names}

@@ -1,0 +1,165 @@
+"""What the engine and the trainer need to know of a transformers model: its body, its head, its hidden states.
+
+Nothing here knows a model by name. The head is taken apart into the numbers that `fastppo.ops` wants, and
+`verify_head` checks once, numerically, that this is all the head does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastppo import ops
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """Return the transformers model inside a value-head wrapper and/or a PEFT model."""
+    inner: Any = getattr(model, "pretrained_model", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def body(model: nn.Module) -> Any:
+    """Return the decoder without its head: input ids to hidden states."""
+    inner = causal_lm(model)
+    return inner.base_model
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageHead:
+    """The last linear layer as it acts now, adapters included."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+    logit_scale: float
+
+    def arguments(self, temperature: float) -> dict[str, Any]:
+        """Return the keyword arguments that the operations on the head take."""
+        return {
+            "bias": self.bias,
+            "temperature": temperature,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+        }
+
+    def logits(self, hidden: Tensor, temperature: float) -> Tensor:
+        """Return the scaled logits (N, V), fp32 or wider, of hidden states (N, H)."""
+        return ops.scaled_logits(hidden, self.weight, **self.arguments(temperature))
+
+
+def language_head(model: nn.Module) -> LanguageHead:
+    """Take the head of a causal language model apart; call it anew after weights or adapters changed."""
+    inner = causal_lm(model)
+    module = inner.get_output_embeddings()
+    if module is None:
+        raise ValueError(f"{type(inner).__name__} has no language-model head; load an AutoModelForCausalLM")
+    config = inner.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    weight, bias = _effective_linear(module)
+    return LanguageHead(weight, bias, getattr(config, "final_logit_softcapping", None), scale / divisor)
+
+
+def _effective_linear(module: Any) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a linear layer, seen through PEFT's wrappers, differentiable in the adapter."""
+    if hasattr(module, "modules_to_save"):  # a head that is trained as a whole
+        names = module.active_adapters
+        module = module.original_module if module.disable_adapters or not names else module.modules_to_save[names[0]]
+    if not hasattr(module, "get_delta_weight"):
+        return module.weight, getattr(module, "bias", None)
+    base = module.get_base_layer()
+    weight = base.weight
+    if not module.disable_adapters and not module.merged:
+        for name in module.active_adapters:
+            if name in module.lora_A:
+                weight = weight + module.get_delta_weight(name).to(weight.dtype)
+    return weight, getattr(base, "bias", None)
+
+
+@torch.no_grad()
+def verify_head(model: nn.Module) -> None:
+    """Raise NotImplementedError unless body and head, taken apart, give the model's own logits."""
+    inner = causal_lm(model)
+    vocabulary = language_head(model).weight.shape[0]
+    ids = torch.tensor([[1 % vocabulary, 2 % vocabulary, 3 % vocabulary]], device=inner.device)
+    with evaluating(model):
+        expected = inner(input_ids=ids, use_cache=False).logits[0].float()
+        actual = language_head(model).logits(last_hidden(model, input_ids=ids, use_cache=False)[0], 1.0).float()
+    error, size = float((expected - actual).abs().max()), float(expected.abs().max())
+    if not error <= 1e-2 * max(1.0, size):
+        raise NotImplementedError(
+            f"the head of {type(inner).__name__} does more than a linear layer with scale and soft cap: logits differ "
+            f"by {error:.3g}; this model cannot be trained with fastppo yet"
+        )
+
+
+def last_hidden(model: nn.Module, **inputs: Any) -> Tensor:
+    """Run the body; return its last hidden states (B, L, H). Arguments that it does not take are left out."""
+    network = body(model)
+    kind: Any = type(network)
+    taken = _parameters_of(kind)
+    hidden: Tensor = network(**{name: value for name, value in inputs.items() if name in taken})[0]
+    return hidden
+
+
+@lru_cache
+def _parameters_of(kind: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off inside, and restore every module's own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def checkpointing(model: nn.Module) -> Iterator[None]:
+    """Let gradient checkpointing work inside although dropout is off: it asks for `training` on its own layers."""
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    dropouts = [
+        (layer, name, value)
+        for layer in layers
+        for name, value in vars(layer).items()
+        if "dropout" in name and isinstance(value, float)
+    ]
+    try:
+        for layer in layers:
+            layer.training = True
+        for layer, name, _ in dropouts:
+            setattr(layer, name, 0.0)
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        for layer, name, value in dropouts:
+            setattr(layer, name, value)
+
+
+def weight_version(model: nn.Module) -> tuple[int, ...]:
+    """Return a fingerprint of all the weights: equal if and, but for freak coincidence, only if they are bitwise equal.
+
+    It reads every weight once, which takes about as long as one decoding step.
+    """
+    return tuple(_checksum(parameter) for parameter in model.parameters())
+
+
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _checksum(parameter: Tensor) -> int:
+    words = parameter.detach().contiguous().view(_WORDS[parameter.element_size()])
+    return int(words.sum(dtype=torch.int64))

@@ -1,0 +1,118 @@
+"""The reference policy: the same weights with the adapter off, a frozen adapter, or a second set of weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_PATTERNS = ("transformer.h.{layer}", "model.decoder.layers.{layer}", "gpt_neox.layers.{layer}", "model.layers.{layer}")
+REFERENCE_ADAPTER = "fastppo_reference"
+
+
+def create_reference_model(model: Any, num_shared_layers: int | None = None, pattern: str | None = None) -> Any:
+    """Return a frozen copy of a model; with `num_shared_layers` the layers below that one are the same tensors.
+
+    Sharing freezes the embeddings and the first `num_shared_layers` layers of the policy too, so that the two cannot
+    drift apart. `pattern` names a layer where the usual names do not fit, as in "transformer.h.{layer}".
+    Raises ValueError if there is no layer with that number.
+    """
+    shared = _lower_parameters(model, num_shared_layers, pattern) if num_shared_layers else []
+    for parameter in shared:
+        parameter.requires_grad_(False)
+    # Deep copying leaves alone what the memo already holds: the shared parameters stay the same objects.
+    reference = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
+    return reference.requires_grad_(False).eval()
+
+
+def _lower_parameters(model: nn.Module, num_shared_layers: int, pattern: str | None) -> list[nn.Parameter]:
+    named = list(model.named_parameters())
+    patterns = [pattern] if pattern is not None else list(_PATTERNS)
+    for candidate in patterns:
+        prefix = candidate.format(layer=num_shared_layers) + "."
+        for index, (name, _) in enumerate(named):
+            if prefix in name:
+                return [parameter for _, parameter in named[:index]]
+    raise ValueError(
+        f"num_shared_layers={num_shared_layers}: no parameter belongs to a layer of that number (looked for "
+        f"{', '.join(repr(p.format(layer=num_shared_layers)) for p in patterns)}); choose a smaller number or a pattern"
+    )
+
+
+class Reference:
+    """Gives access to the reference policy of a trainer, whichever way it is kept."""
+
+    def __init__(self, model: Any, ref_model: Any = None, num_shared_layers: int | None = None):
+        self.model, self.ref_model = model, ref_model
+        self._has_adapter = False
+        if ref_model is None and not model.is_peft_model:
+            self.ref_model = create_reference_model(model, num_shared_layers)
+        elif ref_model is None:
+            self._has_adapter = _keep_trained_adapter(model.pretrained_model)
+        if self.ref_model is not None:
+            self.ref_model.requires_grad_(False).eval()
+
+    @contextmanager
+    def active(self) -> Iterator[Any]:
+        """Yield the model that acts as the reference inside the block."""
+        if self.ref_model is not None:
+            yield self.ref_model
+        elif self._has_adapter:
+            with _using_adapter(self.model.pretrained_model, REFERENCE_ADAPTER):
+                yield self.model
+        else:
+            with self.model.pretrained_model.disable_adapter():
+                yield self.model
+
+
+def _is_fresh(peft_model: Any, adapter: str) -> bool:
+    """Whether the adapter does nothing yet: LoRA whose B matrices are all zero."""
+    matrices = [p for name, p in peft_model.named_parameters() if f"lora_B.{adapter}." in name]
+    matrices += [p for name, p in peft_model.named_parameters() if name.endswith(f"lora_embedding_A.{adapter}")]
+    trained_whole = any(f"modules_to_save.{adapter}." in name for name, _ in peft_model.named_parameters())
+    return bool(matrices) and not any(bool(matrix.any()) for matrix in matrices) and not trained_whole
+
+
+@torch.no_grad()
+def _keep_trained_adapter(peft_model: Any) -> bool:
+    """Freeze a copy of the adapter as the reference if the run starts from a trained one; return whether it did."""
+    active = next(iter(peft_model.active_adapters))
+    if _is_fresh(peft_model, active):
+        return False
+    if REFERENCE_ADAPTER not in peft_model.peft_config:
+        with _preserving_flags(peft_model):
+            peft_model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(peft_model.peft_config[active]))
+            parameters = dict(peft_model.named_parameters())
+            for name, parameter in parameters.items():
+                if f".{REFERENCE_ADAPTER}" in name:
+                    parameter.copy_(parameters[name.replace(f".{REFERENCE_ADAPTER}", f".{active}")])
+    for name, parameter in peft_model.named_parameters():
+        if f".{REFERENCE_ADAPTER}" in name:
+            parameter.requires_grad_(False)
+    return True
+
+
+@contextmanager
+def _preserving_flags(module: nn.Module) -> Iterator[None]:
+    """PEFT changes `requires_grad` as it switches adapters; put it back afterwards."""
+    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _using_adapter(peft_model: Any, name: str) -> Iterator[None]:
+    previous = next(iter(peft_model.active_adapters))
+    with _preserving_flags(peft_model):
+        peft_model.set_adapter(name)
+        try:
+            yield
+        finally:
+            peft_model.set_adapter(previous)

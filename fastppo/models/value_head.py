@@ -1,0 +1,164 @@
+"""A causal language model with a scalar value head, under TRL's names and in TRL's checkpoint layout."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastppo.atomic import atomic_files
+from fastppo.models import loading
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+
+class ValueHead(nn.Module):
+    """A linear map from hidden states (..., H) to values (..., 1), in fp32 whatever the model's dtype."""
+
+    def __init__(self, config: Any, summary_dropout_prob: float = 0.0, **kwargs: Any):
+        super().__init__()
+        probability = getattr(config, "summary_dropout_prob", summary_dropout_prob)
+        self.dropout = nn.Dropout(probability) if probability else nn.Identity()
+        text = config.get_text_config()
+        size = getattr(text, "word_embed_proj_dim", None) or text.hidden_size
+        self.summary = nn.Linear(size, 1, dtype=torch.float32)
+        if kwargs.get("v_head_init_strategy") == "normal":
+            nn.init.normal_(self.summary.weight, std=kwargs.get("v_head_initializer_range", 0.2))
+            nn.init.zeros_(self.summary.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the values (..., 1), fp32, of hidden states (..., H) of any dtype."""
+        result: Tensor = self.summary(self.dropout(hidden).to(self.summary.weight.dtype))
+        return result
+
+
+class AutoModelForCausalLMWithValueHead(nn.Module):
+    """A causal language model and a value head on its last hidden state.
+
+    `from_pretrained` takes a hub name, a path, a transformers model or a PEFT model.
+    """
+
+    supported_args = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
+    is_encoder_decoder = False
+
+    def __init__(self, pretrained_model: Any, **kwargs: Any):
+        super().__init__()
+        unknown = sorted(set(kwargs) - set(self.supported_args))
+        if unknown:
+            raise TypeError(f"unknown arguments {unknown}; expected some of {list(self.supported_args)}")
+        if pretrained_model.get_output_embeddings() is None:
+            raise ValueError(
+                f"{type(pretrained_model).__name__} has no language-model head; load an AutoModelForCausalLM"
+            )
+        self.pretrained_model = pretrained_model
+        self.config = pretrained_model.config
+        self.is_peft_model = hasattr(pretrained_model, "peft_config")
+        self.v_head = ValueHead(self.config, **kwargs).to(pretrained_model.device)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+    ) -> AutoModelForCausalLMWithValueHead:
+        """Load a model and, where the checkpoint has one, its value head; otherwise the head starts at random.
+
+        Args:
+            pretrained_model_name_or_path: hub name, directory (of a model or of an adapter), or a model.
+            peft_config: a PEFT config; adds a fresh adapter and freezes the rest.
+            is_trainable: whether an adapter found in the checkpoint is trained further (default True).
+            summary_dropout_prob, v_head_initializer_range, v_head_init_strategy: the value head's.
+            load_in_8bit, load_in_4bit, torch_dtype and everything else: transformers' `from_pretrained`.
+
+        Weights that are to be trained are loaded in fp32 unless `dtype` says otherwise.
+        Raises ValueError for a checkpoint whose value head is only there as a pickle; `fastppo convert` imports it.
+        """
+        head_kwargs = {name: kwargs.pop(name) for name in cls.supported_args if name in kwargs}
+        source = loading.load_base(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = cls(source.model, **head_kwargs)
+        if source.value_head is not None:
+            model.v_head.load_state_dict(source.value_head)
+        return model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        return_past_key_values: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """Return (logits (B, L, V) in fp32, loss or None, values (B, L)), and past key values if asked for."""
+        if attention_mask is not None and "position_ids" not in kwargs and not bool(attention_mask[:, 0].all()):
+            kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)  # left padding
+        output = self.pretrained_model(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            output_hidden_states=True,
+            **kwargs,
+        )
+        values = self.v_head(output.hidden_states[-1]).squeeze(-1)
+        result = (output.logits.float(), output.loss, values)
+        return (*result, output.past_key_values) if return_past_key_values else result
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Call transformers' own `generate`; `fastppo.Engine` is the fast way."""
+        return self.pretrained_model.generate(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the model's tensors under the names that they have without the head, and `v_head.summary.*`."""
+        state: dict[str, Any] = self.pretrained_model.state_dict(*args, **kwargs)
+        return {**state, **self.v_head.state_dict(*args, prefix="v_head.", **kwargs)}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` returned."""
+        head = {name.removeprefix("v_head."): t for name, t in state_dict.items() if name.startswith("v_head.")}
+        rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith("v_head.")}
+        self.v_head.load_state_dict(head, strict=strict, assign=assign)
+        return self.pretrained_model.load_state_dict(rest, strict=strict, assign=assign)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save a checkpoint that plain transformers (or, with an adapter, plain PEFT) opens, with the value head in it.
+
+        A full model keeps the head in its own weights file, under `v_head.summary.*`; beside an adapter it is
+        `value_head.safetensors`.
+        """
+        head = {f"v_head.{name}": t.detach().cpu().contiguous() for name, t in self.v_head.state_dict().items()}
+        with atomic_files(save_directory) as directory:
+            if self.is_peft_model:
+                active = list(self.pretrained_model.active_adapters)[:1]
+                self.pretrained_model.save_pretrained(directory, selected_adapters=active, **kwargs)
+                save_file(head, directory / VALUE_HEAD_FILE, metadata={"format": "pt"})
+            else:
+                state = kwargs.pop("state_dict", None) or self.pretrained_model.state_dict()
+                self.pretrained_model.save_pretrained(directory, state_dict={**state, **head}, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Upload the checkpoint that `save_pretrained` writes to a repository of the Hugging Face hub."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=kwargs.pop("token", None))
+        api.create_repo(repo_id, exist_ok=True, private=kwargs.pop("private", None))
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory, **kwargs)
+            return api.upload_folder(repo_id=repo_id, folder_path=directory)
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Trade compute for memory in the update; the rollout keeps its cache."""
+        self.pretrained_model.gradient_checkpointing_enable(**kwargs)
+        if self.is_peft_model:
+            self.pretrained_model.enable_input_require_grads()
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undo `gradient_checkpointing_enable`."""
+        self.pretrained_model.gradient_checkpointing_disable()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model's weights."""
+        device: torch.device = self.pretrained_model.device
+        return device

@@ -1,0 +1,1 @@
+"""Orchestration: PPO, supervised fine-tuning, reward models."""

@@ -1,0 +1,61 @@
+"""The stage before the update: log-probs and values of the policy, log-probs of the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastppo import ops
+from fastppo.models.network import evaluating, language_head
+from fastppo.models.passes import length_groups, response_hidden
+from fastppo.models.reference import Reference
+from fastppo.types import Evaluation, Rollout, Samples
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any, reference: Reference, samples: Samples, rollout: Rollout | None, *, max_size: int, exact_kl: bool
+) -> Evaluation:
+    """Evaluate the samples under policy, critic and reference, `max_size` of them to a forward pass.
+
+    With a rollout the policy's log-probs and the values are its records, and only the reference is run (and, for
+    the exact KL, the policy).
+    """
+    count, device = len(samples.labels), samples.labels.device
+    logprobs, ref_logprobs, values, kl = torch.zeros(4, count, device=device).unbind()
+    if rollout is not None and rollout.values is not None:
+        index = _recorded(samples, rollout).to(device)
+        logprobs, values = rollout.logprobs[index], rollout.values[index]
+    for group in length_groups(samples.lengths, max_size):
+        tokens = samples.take(group).to(device)
+        hidden = None
+        if rollout is None or exact_kl:
+            with evaluating(model):
+                hidden = response_hidden(model, samples, group)
+        if rollout is None and hidden is not None:
+            logprobs[tokens] = token_logprobs(model, hidden, samples, tokens)
+            values[tokens] = model.v_head(hidden).squeeze(-1)
+        with reference.active() as network, evaluating(network):
+            ref_hidden = response_hidden(network, samples, group)
+            ref_logprobs[tokens] = token_logprobs(network, ref_hidden, samples, tokens)
+            ref_head = language_head(network)
+        if exact_kl and hidden is not None:
+            head = language_head(model)
+            pairs = (hidden, head.weight), (ref_hidden, ref_head.weight)
+            kl[tokens] = ops.linear_kl(*pairs, **head.arguments(samples.temperature))
+    return Evaluation(logprobs, ref_logprobs, values, kl if exact_kl else None, rollout is not None)
+
+
+def token_logprobs(model: Any, hidden: Tensor, samples: Samples, tokens: Tensor) -> Tensor:
+    """Return log π (T',) of the samples' tokens numbered `tokens`, from the hidden states (T', H) before them."""
+    head = language_head(model)
+    labels = samples.labels[tokens]
+    return ops.linear_logprobs(hidden, head.weight, labels, **head.arguments(samples.temperature))[0]
+
+
+def _recorded(samples: Samples, rollout: Rollout) -> Tensor:
+    """Return the places of the trainable tokens among the rollout's records, (T,)."""
+    starts = rollout.offsets[list(samples.rows)]
+    return samples.positions + torch.repeat_interleave(starts, samples.offsets.diff())

@@ -1,0 +1,220 @@
+"""`PPOTrainer.train`: generate, score, step, until done; with a run folder, held-out prompts and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastppo.atomic import Pathlike
+from fastppo.config import SamplingConfig
+from fastppo.engine.engine import context_length
+from fastppo.monitor import RunFolder
+from fastppo.rewards import Reward
+from fastppo.trainers import setup
+from fastppo.trainers.held_out import Measurement, measure
+from fastppo.trainers.interrupts import Interrupts
+from fastppo.trainers.prompts import Prompts, PromptStream, as_given, decode, read_prompts, texts
+
+_SAMPLES_PER_STEP = 4
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The keyword arguments of `train` that are not generation arguments."""
+
+    max_steps: int
+    """Iterations, of `batch_size` prompts each."""
+    reward_weights: Sequence[float] | None = None
+    """One weight per reward."""
+    query_column: str | None = None
+    """The dataset's prompt column; by default the first of prompt, query, text."""
+    eval_prompts: Any = None
+    """Held-out prompts, measured before and after; the model that does best on them is kept in output_dir/best."""
+    eval_every: int | None = None
+    """Measure them every so many steps as well."""
+    save_every: int | None = None
+    """Write a checkpoint every so many steps."""
+    output_dir: Pathlike | None = None
+    """Folder for metrics, samples, curve, summary and the trained model; None writes nothing."""
+    resume_from: Pathlike | None = None
+    """A checkpoint, or the folder of the run that wrote it."""
+    arguments: Mapping[str, Any] | None = None
+    """What run.json should say of how the run was started."""
+    console: bool = True
+    """Show a line about each step."""
+    overwrite: bool = False
+    """Write into a folder that holds another run."""
+    on_step: Callable[[dict[str, Any]], None] | None = None
+    """Called with each step's statistics."""
+
+
+@dataclass
+class _Run:
+    """What one call of `train` works with."""
+
+    trainer: Any
+    config: LoopConfig
+    reward: Reward
+    stream: PromptStream
+    sampling: SamplingConfig
+    eval_prompts: Prompts | None
+    folder: RunFolder | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    best: float = float("-inf")
+
+
+def train(trainer: Any, prompts: Any, reward: Any, **kwargs: Any) -> list[dict[str, Any]]:
+    """Train on prompts with a reward; return each step's statistics.
+
+    Args:
+        prompts: texts, chats, lists of token ids, or a dataset; its other columns go to the reward.
+        reward: a callable (prompts, completions, **columns) -> list or tensor of numbers, a classification model, or a
+            list of these; None for a response leaves it out of the update.
+        kwargs: the fields of `LoopConfig`, `max_steps` above all; all others are generation arguments.
+
+    An interrupt stops a rollout at once and lets an update finish; what is finished is saved, then it is raised.
+    Raises ValueError for anything wrong with prompts or arguments, before the first token is generated.
+    """
+    names = {f.name for f in fields(LoopConfig)}
+    config = LoopConfig(**{name: value for name, value in kwargs.items() if name in names})
+    generation_kwargs = {name: value for name, value in kwargs.items() if name not in names}
+    run = _prepare(trainer, prompts, reward, config, generation_kwargs)
+    if config.resume_from is not None:
+        extra = trainer.resume_from(config.resume_from)
+        run.stream.seek(extra["place"])
+        run.summary = extra["summary"]
+        run.best = float("-inf") if extra["best"] is None else extra["best"]
+    if config.output_dir is not None:
+        settings = {"loop": generation_kwargs | {"max_steps": config.max_steps}, "config": trainer.config.to_dict()}
+        run.folder = RunFolder(
+            config.output_dir,
+            total_steps=config.max_steps,
+            arguments=settings if config.arguments is None else dict(config.arguments),
+            start_step=trainer.current_step,
+            console=config.console,
+            overwrite=config.overwrite,
+        )
+    _go(run)
+    return run.history
+
+
+def _prepare(trainer: Any, prompts: Any, reward: Any, config: LoopConfig, generation_kwargs: dict[str, Any]) -> _Run:
+    """Check everything that can be checked before the first token is generated."""
+    sampling = SamplingConfig.from_generation_kwargs(**generation_kwargs)
+    context = context_length(trainer.model)
+    options: dict[str, Any] = {
+        "room": None if context is None else context - sampling.max_new_tokens,
+        "overlong": trainer.config.overlong_prompts,
+        "column": config.query_column,
+    }
+    stream = PromptStream(read_prompts(prompts, trainer.engine, **options), trainer.config.seed)
+    held_out = config.eval_prompts
+    held_out = None if held_out is None else read_prompts(held_out, trainer.engine, **options)
+    if not trainer.has_own_schedule:
+        trainer.lr_scheduler = setup.make_scheduler(trainer.optimizer, trainer.config, config.max_steps)
+    return _Run(trainer, config, Reward(reward, config.reward_weights), stream, sampling, held_out)
+
+
+def _go(run: _Run) -> None:
+    interrupts, start = Interrupts(), time.perf_counter()
+    try:
+        with interrupts.handled():
+            if run.eval_prompts is not None and run.trainer.current_step == 0:
+                run.summary |= _measured(run, "before").summary("before")
+            while run.trainer.current_step < run.config.max_steps:
+                _iterate(run, interrupts)
+            if run.eval_prompts is not None:
+                run.summary |= _measured(run, "after").summary("after")
+    except BaseException as error:
+        run.summary["stopped_by"] = type(error).__name__
+        _finish(run, start)
+        raise
+    _finish(run, start)
+
+
+def _iterate(run: _Run, interrupts: Interrupts) -> None:
+    """One iteration: prompts, responses, scores, update, notes."""
+    trainer, times = run.trainer, {}
+    place = run.stream.place
+    try:
+        prompts = run.stream.take(trainer.config.batch_size)
+        start = time.perf_counter()
+        rollout = trainer.engine.generate(prompts.ids, run.sampling)
+        times["time/generate"] = time.perf_counter() - start
+        completions = decode(trainer.tokenizer, rollout)
+        scores = run.reward(as_given(prompts, trainer.tokenizer), completions, prompts.columns)
+        times["time/score"] = time.perf_counter() - start - times["time/generate"]
+    except BaseException:
+        run.stream.seek(place)  # what was not trained on is served again
+        raise
+    with interrupts.deferred():
+        stats = trainer.step(prompts.ids, rollout, scores)
+        _note(run, prompts, completions, scores, stats | times | _throughput(rollout, times))
+
+
+def _throughput(rollout: Any, times: Mapping[str, float]) -> dict[str, float]:
+    figures = {"tokens/per_second": len(rollout.tokens) / times["time/generate"]}
+    figures["tokens/finished_share"] = float(rollout.finished.float().mean())
+    if torch.cuda.is_available():
+        figures["memory/peak_bytes"] = float(torch.cuda.max_memory_allocated())
+    return figures
+
+
+def _note(run: _Run, prompts: Prompts, completions: list[Any], scores: Any, stats: dict[str, Any]) -> None:
+    """Write down what the step did; measure and save when it is time."""
+    trainer, step = run.trainer, run.trainer.current_step
+    if (
+        run.eval_prompts is not None
+        and run.config.eval_every
+        and step % run.config.eval_every == 0
+        and step < run.config.max_steps
+    ):
+        stats["eval/reward_mean"] = _measured(run, "best").reward_mean
+    if trainer.config.log_with is not None:
+        queries = texts(trainer.tokenizer, prompts)
+        trainer.log_stats(stats, {"query": queries, "response": completions}, scores.tolist())
+    run.history.append(stats)
+    if run.folder is not None:
+        rows = zip(texts(trainer.tokenizer, prompts), completions, scores.tolist(), strict=True)
+        shown = [{"query": q, "completion": c, "reward": r, "step": step} for q, c, r in rows]
+        run.folder.step(stats, shown[:_SAMPLES_PER_STEP])
+    if run.config.save_every and step % run.config.save_every == 0 and run.config.output_dir is not None:
+        best = run.best if run.best > float("-inf") else None
+        trainer.save_checkpoint(
+            Path(run.config.output_dir) / f"checkpoint-{step:06d}",
+            place=run.stream.place,
+            best=best,
+            summary=run.summary,
+        )
+    if run.config.on_step is not None:
+        run.config.on_step(stats)
+
+
+def _measured(run: _Run, when: str) -> Measurement:
+    """Measure on the held-out prompts, and keep the model if it is the best so far."""
+    assert run.eval_prompts is not None
+    result = measure(run.trainer, run.eval_prompts, run.reward, run.sampling)
+    if when != "before" and result.reward_mean > run.best:
+        run.best = result.reward_mean
+        run.summary |= result.summary("best") | {"best_step": run.trainer.current_step}
+        if run.config.output_dir is not None:
+            run.trainer.save_pretrained(Path(run.config.output_dir) / "best")
+    if run.folder is not None and when in ("before", "after"):
+        run.folder.held_out(when, result.rows)
+    return result
+
+
+def _finish(run: _Run, start: float) -> None:
+    if run.folder is None or run.config.output_dir is None:
+        return
+    run.summary |= {"steps": run.trainer.current_step, "seconds": time.perf_counter() - start}
+    if "kl_after" in run.summary:
+        run.summary["kl"] = run.summary["kl_after"]
+    run.trainer.save_pretrained(run.config.output_dir)
+    run.folder.finish(run.summary)

@@ -1,0 +1,287 @@
+"""PPOTrainer: TRL's constructor and methods over the stages of this package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastppo import ppo
+from fastppo.atomic import Pathlike
+from fastppo.config import PPOConfig
+from fastppo.core import flatten_dict, set_seed
+from fastppo.engine.engine import Engine, context_length
+from fastppo.engine.stopping import end_ids
+from fastppo.models.network import causal_lm, language_head, verify_head, weight_version
+from fastppo.models.reference import Reference
+from fastppo.rewards import parse_scores
+from fastppo.trainers import generation, padded, report, setup, state
+from fastppo.trainers.conclude import conclude
+from fastppo.trainers.evaluate import evaluate
+from fastppo.trainers.samples import check_samples
+from fastppo.trainers.update import optimise
+from fastppo.types import Evaluation, Experience, Rollout, Samples
+
+
+class PPOTrainer:
+    """Proximal policy optimisation of a language model with a value head.
+
+    The arguments are those of TRL 0.7 to 0.11: config, a model with a value head, and optionally a reference model
+    (by default the same weights with the adapter off, or a frozen copy), a tokenizer, a dataset with its collator for
+    `dataloader`, an optimiser, a schedule, and the number of lower layers that policy and reference share.
+    Raises ValueError for arguments that cannot work, and RuntimeError in more than one process.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig | None = None,
+        model: Any = None,
+        ref_model: Any = None,
+        tokenizer: Any = None,
+        dataset: Any = None,
+        optimizer: Any = None,
+        data_collator: Callable[..., Any] | None = None,
+        num_shared_layers: int | None = None,
+        lr_scheduler: Any = None,
+        training_data_collator: Callable[..., Any] | None = None,
+    ):
+        config = PPOConfig() if config is None else config
+        setup.check_arguments(config, model, ref_model, tokenizer, num_shared_layers)
+        setup.check_overrides(type(self), PPOTrainer)
+        config.check()
+        set_seed(config.seed)
+        del training_data_collator  # it pads, and nothing is padded here
+        self.config, self.tokenizer, self.dataset, self.data_collator = config, tokenizer, dataset, data_collator
+        self.accelerator = setup.make_accelerator(config)
+        self.current_device = self.accelerator.device
+        self._attach(model, ref_model, num_shared_layers)
+        self.dataloader = setup.make_dataloader(dataset, data_collator, config, causal_lm(model))
+        self.optimizer = optimizer if optimizer is not None else setup.make_optimizer(self.model, config)
+        self.lr_scheduler = lr_scheduler or setup.make_scheduler(self.optimizer, config)
+        self.has_own_schedule = lr_scheduler is not None
+        self.kl_ctl: ppo.AdaptiveKLController | ppo.FixedKLController = ppo.FixedKLController(config.init_kl_coef)
+        if config.adap_kl_ctrl:
+            self.kl_ctl = ppo.AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
+        self.running = ppo.RunningMoments(self.accelerator)
+        self.current_step = self.nonfinite_in_a_row = 0
+        self.best_score = -math.inf
+
+    def _attach(self, model: Any, ref_model: Any, num_shared_layers: int | None) -> None:
+        """Put the models in place: policy, reference, and the engine on the policy's weights."""
+        self.model = model if hasattr(model.pretrained_model, "hf_device_map") else model.to(self.current_device)
+        verify_head(self.model)
+        self.is_encoder_decoder, self.is_peft_model = False, model.is_peft_model
+        self.config.is_encoder_decoder, self.config.is_peft_model = False, self.is_peft_model
+        self.reference = Reference(self.model, ref_model, num_shared_layers)
+        self.ref_model = self.reference.ref_model
+        if self.ref_model is not None:
+            self.ref_model.to(self.current_device)
+        if self.config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self.engine = Engine(self.model, self.tokenizer, seed=self.config.seed)
+        self.end_ids = end_ids(causal_lm(model), self.tokenizer)
+        self.temperature = 1.0  # of the last generate call: that of plain lists of responses
+
+    # --- generation -------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        query_tensor: Tensor | Sequence[Tensor],
+        length_sampler: Callable[[], int] | None = None,
+        batch_size: int | None = None,
+        return_prompt: bool = True,
+        generate_ref_response: bool = False,
+        **generation_kwargs: Any,
+    ) -> Any:
+        """Generate a response to each query.
+
+        Args:
+            query_tensor: one 1-D query, answered by a (1, length) tensor, or a list of them.
+            length_sampler: draws max_new_tokens for each query.
+            batch_size: accepted and not needed: the engine fills its rows by itself.
+            return_prompt: put the query before each response.
+            generate_ref_response: return (response, reference response).
+            generation_kwargs: transformers' generation arguments, or those of `SamplingConfig`.
+
+        Returns:
+            For a list without prompts a `Rollout`, whose records spare `step` a forward pass; else tensors.
+        """
+        del batch_size
+        kwargs = {"length_sampler": length_sampler, "return_prompt": return_prompt}
+        return generation.generate(self, query_tensor, generate_ref_response, kwargs, generation_kwargs)
+
+    # --- one iteration ----------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        queries: Sequence[Tensor],
+        responses: Sequence[Tensor] | Rollout,
+        scores: Sequence[Any] | Tensor,
+        response_masks: Sequence[Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """Run one PPO iteration on `batch_size` samples; return TRL's statistics.
+
+        Args:
+            queries, responses: 1-D int64 tensors. A `Rollout` drawn under the current weights brings its log-probs
+                and values along; for any other list they are computed.
+            scores: one number per response; None or NaN leaves a response out.
+            response_masks: 1 on the response tokens that are trained on.
+
+        Raises:
+            ValueError: anything that cannot be meant, before any work.
+            FloatingPointError: too many optimiser steps in a row without a finite gradient.
+        """
+        clock = report.Clock()
+        samples, raw_scores, rollout = self._receive(queries, responses, scores, response_masks)
+        with clock("forward_pass"):
+            evaluation = self._evaluate(samples, rollout)
+        with clock("compute_rewards"):
+            processed = self._process(raw_scores, samples)
+            rewards, penalties = self._rewards(samples, evaluation, processed)
+        with clock("compute_advantages"):
+            advantages, returns = self._advantages(samples, evaluation, rewards)
+        experience = Experience(samples, evaluation, processed, rewards, penalties, advantages, returns)
+        with clock("optimize_step"):
+            losses = optimise(self.model, self.optimizer, experience, self.config, self.current_step)
+        with clock("calc_stats"):
+            rate = self.optimizer.param_groups[0]["lr"]
+            stats = report.build_stats(experience, losses, self.kl_ctl.value, rate, self.config)
+        conclude(self, stats, losses)
+        return stats | clock.seconds()
+
+    def _receive(
+        self, queries: Sequence[Tensor], responses: Any, scores: Any, masks: Any
+    ) -> tuple[Samples, Tensor, Rollout | None]:
+        """Check what came in, and decide whether the rollout's records can be believed."""
+        for name, given in (("queries", queries), ("responses", responses), ("scores", scores)):
+            if len(given) != self.config.batch_size:
+                raise ValueError(
+                    f"got {len(given)} {name}, but PPOConfig.batch_size is {self.config.batch_size}; pass a whole batch"
+                )
+        parsed = parse_scores(scores, len(responses))
+        rollout = responses if isinstance(responses, Rollout) else None
+        temperature = rollout.temperature if rollout is not None else self.temperature
+        samples = check_samples(
+            queries,
+            responses,
+            parsed,
+            masks,
+            vocabulary=len(language_head(self.model).weight),
+            context=context_length(self.model),
+            end_ids=self.end_ids,
+            temperature=1.0 if self.config.is_compat else temperature,
+            device=self.current_device,
+        )
+        believed = rollout is not None and self._is_current(rollout, queries, samples)
+        return samples, parsed[list(samples.rows)].to(self.current_device), rollout if believed else None
+
+    def _is_current(self, rollout: Rollout, queries: Sequence[Tensor], samples: Samples) -> bool:
+        return (
+            rollout.values is not None
+            and rollout.is_untouched
+            and rollout.temperature == samples.temperature
+            and all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(rollout.queries, queries, strict=True))
+            and rollout.weight_version == weight_version(self.model)
+        )
+
+    def _evaluate(self, samples: Samples, rollout: Rollout | None) -> Evaluation:
+        exact = self.config.kl_penalty == "full"
+        size = self.config.mini_batch_size
+        return evaluate(self.model, self.reference, samples, rollout, max_size=size, exact_kl=exact)
+
+    def _process(self, scores: Tensor, samples: Samples) -> Tensor:
+        if self.config.missing_eos_penalty is not None:
+            scores = scores - self.config.missing_eos_penalty * (~samples.ended).to(scores)
+        return ppo.process_scores(scores, self.running, self.config)
+
+    def _rewards(self, samples: Samples, evaluation: Evaluation, scores: Tensor) -> tuple[Tensor, Tensor]:
+        kind = self.config.kl_penalty
+        if not self._overrides("compute_rewards"):
+            return ppo.shape_rewards(scores, evaluation, samples.offsets, self.kl_ctl.value, kind)
+        mask = padded.mask_of(samples)
+        logprobs = padded.to_padded(samples, evaluation.logprobs, 0.0)
+        ref_logprobs = padded.to_padded(samples, evaluation.ref_logprobs, 0.0)
+        result = self.compute_rewards(scores, logprobs, ref_logprobs, mask.to(scores.device))
+        return result[0][mask], result[1][mask]
+
+    def _advantages(self, samples: Samples, evaluation: Evaluation, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._overrides("compute_advantages") and not self.config.is_compat:
+            return ppo.estimate_advantages(rewards, evaluation.values, samples.offsets, self.config)
+        mask = padded.mask_of(samples).to(rewards.device)
+        values, rewards = (padded.to_padded(samples, x, 0.0) for x in (evaluation.values, rewards))
+        _, advantages, returns = self.compute_advantages(values, rewards, mask)
+        return advantages[mask], returns[mask]
+
+    def _overrides(self, name: str) -> bool:
+        return getattr(type(self), name) is not getattr(PPOTrainer, name)
+
+    # --- TRL's methods on padded tensors ----------------------------------------------------------------------
+
+    def compute_rewards(self, scores: Any, logprobs: Tensor, ref_logprobs: Tensor, masks: Tensor) -> tuple[Any, ...]:
+        """Return (rewards, non-score rewards, KLs), (B, L - 1) each; may be overridden."""
+        kind = self.config.kl_penalty
+        return padded.compute_rewards(scores, logprobs, ref_logprobs, masks, self.kl_ctl.value, kind)
+
+    def compute_advantages(self, values: Tensor, rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (values, advantages, returns), (B, L - 1) each; may be overridden."""
+        return padded.compute_advantages(values, rewards, mask, self.config)
+
+    def loss(
+        self,
+        old_logprobs: Tensor,
+        values: Tensor,
+        logits: Tensor,
+        vpreds: Tensor,
+        logprobs: Tensor,
+        mask: Tensor,
+        advantages: Tensor,
+        returns: Tensor,
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Return (policy loss, weighted value loss, statistics) of padded tensors, (B, L - 1) each; not overridable."""
+        new = (logprobs, vpreds, logits)
+        pg_loss, vf_loss, nested = padded.loss((old_logprobs, values), new, (advantages, returns), mask, self.config)
+        return pg_loss, vf_loss, flatten_dict(nested)
+
+    # --- around the loop --------------------------------------------------------------------------------------
+
+    def log_stats(
+        self,
+        stats: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        rewards: Sequence[Any],
+        columns_to_log: Sequence[str] = ("query", "response"),
+    ) -> None:
+        """Send the statistics to the tracker of `log_with`; wandb also gets a table of `columns_to_log`."""
+        report.log(self.accelerator, self.config, stats, batch, rewards, columns_to_log)
+
+    def train(self, prompts: Any, reward: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        """Generate, score and step until done; see `fastppo.trainers.loop.train` for the arguments."""
+        from fastppo.trainers.loop import train
+
+        return train(self, prompts, reward, **kwargs)
+
+    def save_pretrained(self, save_directory: Pathlike, **kwargs: Any) -> None:
+        """Save the model (or adapter) with its value head, and the tokenizer."""
+        state.save_pretrained(self, save_directory, **kwargs)
+
+    _save_pretrained = save_pretrained
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Upload the model with its value head to the Hugging Face hub."""
+        return self.model.push_to_hub(repo_id, **kwargs)
+
+    def save_checkpoint(self, directory: Pathlike, **extra: Any) -> Any:
+        """Write everything that continuing bit for bit needs; see `fastppo.checkpoint`."""
+        return state.save_checkpoint(self, directory, extra)
+
+    def resume_from(self, directory: Pathlike) -> dict[str, Any]:
+        """Continue where a checkpoint was written, or where the newest one in a run's folder was."""
+        return state.resume_from(self, directory)
+
+    def optional_peft_ctx(self) -> AbstractContextManager[Any]:
+        """Switch the adapter off inside the block, if there is one."""
+        return self.model.pretrained_model.disable_adapter() if self.is_peft_model else nullcontext()

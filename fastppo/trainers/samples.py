@@ -1,0 +1,101 @@
+"""The door of `step`: what a user hands in is checked here, before any work, and becomes `Samples`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastppo.types import Rollout, Samples, offsets_of
+
+
+def check_samples(
+    queries: Sequence[Tensor],
+    responses: Sequence[Tensor] | Rollout,
+    scores: Tensor,
+    masks: Sequence[Tensor] | None,
+    *,
+    vocabulary: int,
+    context: int | None,
+    end_ids: Collection[int],
+    temperature: float,
+    device: torch.device,
+) -> Samples:
+    """Return the samples that take part in the update, on `device`.
+
+    Left out, with a warning that counts them: responses without a score, empty ones, and those whose mask is all
+    zero. Raises ValueError for anything that cannot be meant, and if nothing is left.
+    """
+    masks = _check_lists(queries, responses, masks)
+    for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
+        _check_pair(i, query, response, vocabulary, context)
+    rows = [i for i in range(len(queries)) if bool(masks[i].any()) and not bool(scores[i].isnan())]
+    _warn_of_dropped(scores, masks)
+    positions = [masks[i].nonzero().flatten().cpu() for i in rows]
+    kept = [responses[i].to(device) for i in rows]
+    return Samples(
+        queries=tuple(queries[i].to(device) for i in rows),
+        responses=tuple(kept),
+        rows=tuple(rows),
+        num_given=len(queries),
+        positions=torch.cat(positions),
+        offsets=offsets_of([len(p) for p in positions]),
+        labels=torch.cat([response[p.to(device)] for response, p in zip(kept, positions, strict=True)]),
+        ended=torch.tensor([int(response[-1]) in end_ids for response in kept]),
+        temperature=temperature,
+    )
+
+
+def _check_lists(queries: Any, responses: Any, masks: Any) -> list[Tensor]:
+    """Check lengths and return boolean masks, all true where none were given."""
+    if len(queries) != len(responses):
+        raise ValueError(f"got {len(queries)} queries and {len(responses)} responses; give one response per query")
+    if masks is None:
+        return [torch.ones(len(response), dtype=torch.bool) for response in responses]
+    if len(masks) != len(responses):
+        raise ValueError(f"got {len(masks)} response masks for {len(responses)} responses; give one per response")
+    for i, (mask, response) in enumerate(zip(masks, responses, strict=True)):
+        if tuple(mask.shape) != tuple(response.shape):
+            raise ValueError(
+                f"response mask {i} has shape {tuple(mask.shape)}, its response {tuple(response.shape)}; "
+                "a mask has one entry per response token, 1 where it is trained on"
+            )
+    return [mask.bool().cpu() for mask in masks]
+
+
+def _check_pair(i: int, query: Any, response: Any, vocabulary: int, context: int | None) -> None:
+    _check_tokens(f"query {i}", query, vocabulary)
+    _check_tokens(f"response {i}", response, vocabulary)
+    if not len(query):
+        raise ValueError(f"query {i} is empty; it needs at least one token, such as the BOS token")
+    if context is not None and len(query) + len(response) > context:
+        raise ValueError(
+            f"query {i} and its response have {len(query)} + {len(response)} tokens, but the model's context is "
+            f"{context}; drop the sample, or shorten the query or the response"
+        )
+
+
+def _check_tokens(name: str, tokens: Any, vocabulary: int) -> None:
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"{name} must be a tensor of token ids, got {type(tokens).__name__}")
+    if tokens.dim() != 1 or tokens.is_floating_point():
+        raise ValueError(
+            f"{name} must be a 1-D tensor of integers, got shape {tuple(tokens.shape)} of {tokens.dtype}; "
+            "squeeze() removes the batch dimension that a single generate returns"
+        )
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        raise ValueError(f"{name} has token ids {int(tokens.min())}..{int(tokens.max())}, outside 0..{vocabulary - 1}")
+
+
+def _warn_of_dropped(scores: Tensor, masks: list[Tensor]) -> None:
+    unscored = int(scores.isnan().sum())
+    untrained = sum(not bool(mask.any()) for mask in masks)
+    dropped = sum(bool(s.isnan()) or not bool(m.any()) for s, m in zip(scores, masks, strict=True))
+    counts = f"{unscored} without a score (None or NaN), {untrained} empty or masked out entirely"
+    if dropped == len(masks):
+        raise ValueError(f"none of {len(masks)} responses can be trained on: {counts}")
+    if dropped:
+        warnings.warn(f"left {dropped} of {len(masks)} responses out of this update: {counts}", stacklevel=4)

@@ -1,0 +1,149 @@
+"""What a trainer is made of: checks of its arguments, device and trackers, optimiser, schedule, data."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from fastppo.config import PPOConfig
+from fastppo.models.value_head import AutoModelForCausalLMWithValueHead
+
+HONOURED_OVERRIDES = ("compute_rewards", "compute_advantages", "log_stats")
+# Stages of TRL's trainer that have no counterpart here: an override would be silently without effect.
+_TRL_STAGES = (
+    "batched_forward_pass",
+    "train_minibatch",
+    "loss",
+    "record_step_stats",
+    "gather_stats",
+    "prepare_model_inputs",
+    "_kl_penalty",
+    "_early_stop",
+    "_step_safety_checker",
+    "_generate_batched",
+)
+
+
+def check_arguments(config: Any, model: Any, ref_model: Any, tokenizer: Any, num_shared_layers: int | None) -> None:
+    """Raise ValueError for arguments of the wrong kind."""
+    from transformers import PreTrainedTokenizerBase
+
+    if not isinstance(config, PPOConfig):
+        raise ValueError(f"config must be a PPOConfig, got {type(config).__name__}")
+    if not isinstance(model, AutoModelForCausalLMWithValueHead):
+        raise ValueError(
+            f"model must be an AutoModelForCausalLMWithValueHead, got {type(model).__name__}; "
+            "wrap it with AutoModelForCausalLMWithValueHead.from_pretrained(model)"
+        )
+    if ref_model is not None and not hasattr(ref_model, "parameters"):
+        raise ValueError(f"ref_model must be a model or None, got {type(ref_model).__name__}")
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
+    if ref_model is not None and num_shared_layers is not None:
+        warnings.warn("num_shared_layers is ignored because a ref_model was passed", UserWarning, stacklevel=3)
+
+
+def check_overrides(trainer: type, base: type) -> None:
+    """Raise TypeError if a subclass overrides a stage whose override would have no effect."""
+    own_stages = [name for name in vars(base) if name.startswith("_") and not name.startswith("__")]
+    names = {
+        name for parent in trainer.__mro__ if issubclass(parent, base) and parent is not base for name in vars(parent)
+    }
+    useless = sorted(names.intersection([*_TRL_STAGES, *own_stages]))
+    if useless:
+        raise TypeError(
+            f"{trainer.__name__} overrides {', '.join(useless)}, which fastppo would never call; overrides of "
+            f"{', '.join(HONOURED_OVERRIDES)} are honoured, and fastppo.ops and fastppo.ppo hold the stages as functions"
+        )
+
+
+def make_accelerator(config: PPOConfig) -> Any:
+    """Return accelerate's Accelerator: the device, and the tracker that `log_with` names."""
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RuntimeError(
+            f"fastppo runs in one process for now, got WORLD_SIZE={os.environ['WORLD_SIZE']}; start it with python"
+        )
+    project = dict(config.project_kwargs)
+    if config.log_with == "tensorboard":
+        project.setdefault("logging_dir", "logs")
+    accelerator = Accelerator(
+        log_with=config.log_with, project_config=ProjectConfiguration(**project), **config.accelerator_kwargs
+    )
+    if accelerator.mixed_precision != "no":
+        warnings.warn(
+            f"mixed_precision={accelerator.mixed_precision!r} is not applied; load the model with dtype=torch.bfloat16 "
+            "to compute in it",
+            stacklevel=3,
+        )
+    if config.log_with is not None:
+        simple = {k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str, bool))}
+        accelerator.init_trackers(config.tracker_project_name, config=simple, init_kwargs=config.tracker_kwargs)
+    return accelerator
+
+
+def make_optimizer(model: torch.nn.Module, config: PPOConfig) -> torch.optim.Optimizer:
+    """Return Adam over the trainable parameters, fused where the device has it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("the model has no trainable parameter; load it with is_trainable=True, or add a peft_config")
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    return torch.optim.Adam(parameters, lr=config.learning_rate, fused=fused)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, config: PPOConfig, iterations: int | None = None) -> Any:
+    """Return the schedule that the settings name, one step per iteration, over `iterations` or TRL's `steps`."""
+    if config.lr_scheduler_type == "constant" and config.warmup_steps == 0:
+        return None
+    from transformers import get_scheduler
+
+    name = config.lr_scheduler_type
+    if name == "constant":
+        name = "constant_with_warmup"
+    total = iterations or math.ceil(config.steps / config.batch_size)
+    return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total)
+
+
+class EpochSampler(Sampler[int]):
+    """Shuffles a dataset by (seed, epoch), and can start anywhere: the cursor of a checkpoint."""
+
+    def __init__(self, size: int, seed: int, batch_size: int):
+        self.size, self.seed, self.batch_size = size, seed, batch_size
+        self.epoch = self.drawn = 0
+
+    def order(self) -> list[int]:
+        """Return the order of the current epoch."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return torch.randperm(self.size, generator=generator).tolist()
+
+    def __iter__(self) -> Iterator[int]:
+        whole = self.size - self.size % self.batch_size
+        for index in self.order()[self.drawn :]:
+            self.drawn += 1
+            yield index
+            if self.drawn == whole:
+                break
+        self.epoch, self.drawn = self.epoch + 1, 0
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def make_dataloader(dataset: Any, collator: Any, config: PPOConfig, model: Any) -> DataLoader[Any] | None:
+    """Return a shuffling loader of whole batches, or None without a dataset."""
+    if dataset is None:
+        return None
+    if hasattr(dataset, "column_names") and config.remove_unused_columns:
+        known = set(inspect.signature(model.forward).parameters) | {"label", "query", "response"}
+        dataset = dataset.remove_columns([name for name in dataset.column_names if name not in known])
+    sampler = EpochSampler(len(dataset), config.seed, config.batch_size)
+    return DataLoader(dataset, batch_size=config.batch_size, sampler=sampler, collate_fn=collator, drop_last=True)

@@ -1,0 +1,154 @@
+"""The update: epochs of minibatches over a frozen `Experience`, one optimiser step a minibatch.
+
+Nothing is read back from the device inside a minibatch. Whether a step is taken at all (its mean ratio may exceed
+the threshold, its loss or gradient may not be finite) is decided there too, and leaves weights and optimiser as they
+were if not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastppo import ops, ppo
+from fastppo.config import PPOConfig
+from fastppo.models.network import checkpointing, evaluating, language_head
+from fastppo.models.passes import length_groups, response_hidden
+from fastppo.types import Experience, LossTerms, Minibatch, Samples
+
+
+def optimise(model: Any, optimizer: Any, experience: Experience, config: PPOConfig, step: int) -> list[LossTerms]:
+    """Run the PPO epochs over an experience; return the losses of every minibatch, in order."""
+    losses: list[LossTerms] = []
+    with evaluating(model), checkpointing(model):
+        for epoch in range(config.ppo_epochs):
+            for minibatch in minibatches(experience.samples, config, step, epoch):
+                losses.append(train_minibatch(model, optimizer, experience, minibatch, config))
+                if not config.is_compat and _drifted(losses[-1], config):
+                    return losses
+            if _drifted(losses[-1], config):
+                break
+    return losses
+
+
+def _drifted(terms: LossTerms, config: PPOConfig) -> bool:
+    """Whether early stopping is on and the minibatch's KL from the old policy is too large."""
+    return config.early_stopping and float(terms.stats["policy/policykl"]) > 1.5 * config.target_kl
+
+
+def minibatches(samples: Samples, config: PPOConfig, step: int, epoch: int) -> Iterator[Minibatch]:
+    """Cut the samples, in an order drawn from (seed, step, epoch), into the optimiser steps of one epoch.
+
+    Each has mini_batch_size * gradient_accumulation_steps samples (fewer if samples were dropped), and as even a
+    number of tokens as a random assignment in that order allows; TRL cuts the order into pieces.
+    """
+    generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 1_009 + epoch)
+    order = torch.randperm(len(samples), generator=generator).tolist()
+    size = config.mini_batch_size * config.gradient_accumulation_steps
+    number = math.ceil(len(order) / size)
+    if config.is_compat:
+        steps = [order[i * size : (i + 1) * size] for i in range(number)]
+    else:
+        bins = ops.pack([samples.lengths[i] for i in order], number, size).tolist()
+        steps = [[row for row, place in zip(order, bins, strict=True) if place == i] for i in range(number)]
+    for i, rows in enumerate(steps):
+        yield _minibatch(samples, rows, config, is_first=epoch == 0 and i == 0)
+
+
+def _minibatch(samples: Samples, rows: list[int], config: PPOConfig, is_first: bool) -> Minibatch:
+    """Group a step's samples into forwards; TRL averages the means of its micro-batches instead of over all tokens."""
+    size = config.mini_batch_size
+    micro = [rows[i : i + size] for i in range(0, len(rows), size)] if config.is_compat else [rows]
+    weights = torch.zeros(len(samples.labels))
+    groups: list[tuple[int, ...]] = []
+    for part in micro:
+        weights[samples.take(part)] = ppo.token_weights(samples.offsets, part, config.loss_aggregation) / len(micro)
+        lengths = [samples.lengths[row] for row in part]
+        groups += [tuple(part[i] for i in group) for group in length_groups(lengths, size)]
+    return Minibatch(tuple(groups), weights.to(samples.labels.device), is_first)
+
+
+def train_minibatch(
+    model: Any, optimizer: Any, experience: Experience, minibatch: Minibatch, config: PPOConfig
+) -> LossTerms:
+    """Accumulate the gradients of one minibatch, group by group, and take the optimiser step if it is sound."""
+    logprobs, entropies, values = torch.full((3, len(minibatch.weights)), torch.nan).to(minibatch.weights).unbind()
+    for group in minibatch.groups:
+        tokens = experience.samples.take(group).to(minibatch.weights.device)
+        total, parts = _group_loss(model, experience, minibatch, group, tokens, config)
+        logprobs[tokens], entropies[tokens], values[tokens] = parts
+        total.backward()
+    rows = [row for group in minibatch.groups for row in group]
+    tokens = experience.samples.take(rows).to(minibatch.weights.device)
+    stats, ratio = _statistics(experience, minibatch, tokens, (logprobs, entropies, values), config)
+    skipped, nonfinite = _step(optimizer, stats, config)
+    return LossTerms(stats, torch.full_like(logprobs, torch.nan).index_copy(0, tokens, ratio), skipped, nonfinite)
+
+
+def _group_loss(
+    model: Any, experience: Experience, minibatch: Minibatch, group: tuple[int, ...], tokens: Tensor, config: PPOConfig
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Return a group's part of the loss, and its new log-probs, entropies and values (T',) without gradient."""
+    hidden = response_hidden(model, experience.samples, group)
+    head, weights = language_head(model), minibatch.weights[tokens]
+    old = None if minibatch.is_first else experience.evaluation.logprobs[tokens]
+    policy_loss = ppo.PolicyLoss(
+        old_logprobs=old,
+        advantages=experience.advantages[tokens],
+        weights=weights,
+        clip_low=config.cliprange,
+        clip_high=config.cliprange if config.cliprange_high is None else config.cliprange_high,
+        entropy_coef=config.entropy_coef,
+        logprobs=torch.empty_like(weights),
+        entropies=torch.empty_like(weights),
+    )
+    labels, shape = experience.samples.labels[tokens], head.arguments(experience.samples.temperature)
+    total = ops.linear_loss(hidden, head.weight, labels, policy_loss, **shape)
+    values = model.v_head(hidden).squeeze(-1)
+    old_values, returns = experience.evaluation.values[tokens], experience.returns[tokens]
+    value_loss = ops.clipped_value_loss(values, old_values, returns, config.cliprange_value)
+    total = total + config.vf_coef * (value_loss * weights).sum()
+    return total, (policy_loss.logprobs, policy_loss.entropies, values.detach())
+
+
+@torch.no_grad()
+def _statistics(
+    experience: Experience, minibatch: Minibatch, tokens: Tensor, new: tuple[Tensor, ...], config: PPOConfig
+) -> tuple[dict[str, Tensor], Tensor]:
+    logprobs, entropies, values = (x[tokens] for x in new)
+    weights, recorded = minibatch.weights[tokens], experience.evaluation.logprobs[tokens]
+    old = logprobs if minibatch.is_first else recorded
+    stats, ratio = ppo.policy_statistics(logprobs, old, entropies, experience.advantages[tokens], weights, config)
+    old_values, returns = experience.evaluation.values[tokens], experience.returns[tokens]
+    stats |= ppo.value_statistics(values, old_values, returns, weights, config)
+    stats["loss/total"] = stats["loss/policy"] + config.vf_coef * stats["loss/value"]
+    if config.entropy_coef:
+        stats["loss/total"] = stats["loss/total"] - config.entropy_coef * (entropies * weights).sum()
+    if minibatch.is_first:
+        stats["policy/logprob_gap_max"] = (logprobs - recorded).abs().max()
+    stats["policy/ratio_mean"] = ratio.mean()
+    return stats, ratio
+
+
+@torch.no_grad()
+def _step(optimizer: Any, stats: dict[str, Tensor], config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """Take the optimiser step unless the minibatch is unsound; return (skipped, nonfinite), () bool."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    stats["policy/grad_norm"] = norm
+    nonfinite = ~(torch.isfinite(norm) & torch.isfinite(stats["loss/total"]))
+    skipped = nonfinite | (stats["policy/ratio_mean"] > config.ratio_threshold)
+    if config.max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
+    if optimizer.defaults.get("fused"):  # decides on the device: gradient scalers use the same door
+        optimizer.found_inf = skipped.float()
+        optimizer.step()
+        del optimizer.found_inf
+    elif not bool(skipped):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return skipped, nonfinite
