@@ -1,0 +1,30 @@
+#!/bin/sh
+# Make the environments of the libraries that benchmarks/step.py compares with, next to .venv in the repository root.
+# Each has one library's last release with PPO and the versions it was measured with; run again, it does nothing.
+set -eu
+cd "$(dirname "$0")/../.."
+
+# Versioned names can be shims for interpreters that are not there, hence the trial run.
+if [ -z "${PYTHON:-}" ]; then
+    if python3.11 -c '' 2>/dev/null; then PYTHON=python3.11; else PYTHON=python3; fi
+fi
+
+make_environment() { # folder, requirements...
+    folder=$1
+    shift
+    if [ "$(cat "$folder/.installed" 2>/dev/null)" = "$*" ]; then
+        echo "$folder is there"
+        return
+    fi
+    echo "making $folder"
+    rm -rf "$folder"
+    "$PYTHON" -m venv "$folder"
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+    echo "$*" >"$folder/.installed"
+}
+
+# The last release with PPOTrainer.step. numpy, pyarrow and rich: it imports them and breaks on what came later.
+make_environment .venv-trl0114 torch==2.13.0 trl==0.11.4 transformers==4.46.3 accelerate==1.1.1 peft==0.13.2 \
+    datasets==3.6.0 numpy==1.26.4 'pyarrow<18' rich
+# The last release with any PPO.
+make_environment .venv-trl112 torch==2.13.0 trl==1.12.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0
