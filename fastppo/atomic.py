@@ -56,17 +56,19 @@ def atomic_directory(path: Pathlike) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    replaced = temporary.with_name(temporary.name + ".old")
     try:
         yield temporary
         _sync_tree(temporary)
         os.chmod(temporary, 0o777 & ~_umask())
-        replaced = temporary.with_name(temporary.name + ".old")
         if path.exists():
             os.rename(path, replaced)
         os.rename(temporary, path)
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not path.exists():
+            os.rename(replaced, path)
         raise
     _sync(path.parent)
 

@@ -100,16 +100,30 @@ def _load_model(directory: Path, model: Any) -> None:
     for file in sorted(directory.glob("*.safetensors")):
         if file.name not in ("optimizer.safetensors", "random.safetensors"):
             saved |= load_file(file)
-    own = dict(model.state_dict())
-    if model.is_peft_model:
-        adapter = next(iter(model.pretrained_model.active_adapters))
-        own = {name.replace(f".{adapter}", ""): tensor for name, tensor in own.items()}
-    unknown = sorted(name for name in saved if name not in own or own[name].shape != saved[name].shape)
+    unknown = _load_adapter(model, saved) if model.is_peft_model else _load_weights(model, saved)
     if unknown:
         raise ValueError(f"{directory} belongs to another model: it holds {unknown[:3]} ({len(unknown)} such tensors)")
-    with torch.no_grad():
-        for name, tensor in saved.items():
-            own[name].copy_(tensor)
+
+
+def _load_weights(model: Any, saved: dict[str, Tensor]) -> list[str]:
+    """Load a full model; return the names that it does not have, in which case nothing was loaded."""
+    own = dict(model.state_dict())
+    unknown = sorted(name for name in saved if name not in own or own[name].shape != saved[name].shape)
+    if not unknown:
+        with torch.no_grad():
+            for name, tensor in saved.items():
+                own[name].copy_(tensor)
+    return unknown
+
+
+def _load_adapter(model: Any, saved: dict[str, Tensor]) -> list[str]:
+    """Load an adapter and the value head; return the names that the model does not have."""
+    from peft import set_peft_model_state_dict
+
+    head = {name.removeprefix("v_head."): saved.pop(name) for name in list(saved) if name.startswith("v_head.")}
+    model.v_head.load_state_dict(head)
+    adapter = next(iter(model.pretrained_model.active_adapters))
+    return list(set_peft_model_state_dict(model.pretrained_model, saved, adapter_name=adapter).unexpected_keys)
 
 
 def _optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

@@ -121,7 +121,7 @@ class PPOConfig:
         self._adopt_old_names()
         for name, is_right, expectation in _RULES:
             value = getattr(self, name)
-            if value is not None and not is_right(value):
+            if not _holds(is_right, value) and not (value is None and name in _OPTIONAL):
                 raise ValueError(f"PPOConfig.{name} must be {expectation}, got {value!r}")
         # A minibatch cannot exceed the batch: TRL 0.11's default of 128 would refuse every smaller batch.
         per_step = self.gradient_accumulation_steps
@@ -146,6 +146,13 @@ class PPOConfig:
     def is_compat(self) -> bool:
         """Whether TRL 0.7's old behaviour is asked for."""
         return self.compat == COMPAT
+
+
+def _holds(is_right: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return is_right(value)
+    except (TypeError, ValueError, OverflowError):  # a text where a number belongs: YAML reads 1e-5 as one
+        return False
 
 
 def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
@@ -185,6 +192,7 @@ _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("max_skipped_steps", *_COUNT),
     ("compat", *_one_of(COMPAT)),
 ]
+_OPTIONAL = {f.name for f in fields(PPOConfig) if f.default is None}
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def convert_to_scalar(stats: Mapping[str, Any]) -> dict[str, Any]:
 def stats_to_np(stats: Mapping[str, Any]) -> dict[str, Any]:
     """Return the statistics with tensors turned into fp32 numpy arrays and one-element ones into floats."""
     arrays = {k: v.detach().float().cpu().numpy() if isinstance(v, Tensor) else v for k, v in stats.items()}
-    return {k: float(v) if isinstance(v, np.ndarray) and v.size == 1 else v for k, v in arrays.items()}
+    return {k: float(v.item()) if isinstance(v, np.ndarray) and v.size == 1 else v for k, v in arrays.items()}
 
 
 def listify_batch(tensor: Tensor) -> list[Tensor]:

@@ -259,6 +259,8 @@ def linear_loss(
     (T, H), weight (V, H) and bias are formed in the forward pass: 2 matmuls a row with a frozen head, 3 with a
     trained one. The result can be differentiated once.
     """
+    if not torch.is_grad_enabled():  # autograd tells a Function what requires a gradient, not that none is wanted
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     result: Tensor = _LinearLoss.apply(hidden, weight, bias, labels, loss, temperature, softcap, logit_scale)
     return result
 

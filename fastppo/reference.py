@@ -42,10 +42,13 @@ def row_statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tens
     >>> row_statistics(torch.zeros(1, 4), torch.tensor([2]))[1]
     tensor([1.3863])
     """
-    logsumexp = logits.logsumexp(-1)
-    probs = torch.softmax(logits, -1)
-    entropy = logsumexp - (probs * torch.where(probs > 0, logits, torch.zeros_like(logits))).sum(-1)
-    return logits.gather(-1, labels[:, None]).squeeze(-1) - logsumexp, entropy, logsumexp
+    # From the row's maximum, so that the rounding error does not grow with the size of the logits.
+    largest = logits.detach().amax(-1)
+    shifted = logits - largest[:, None]
+    rest = shifted.logsumexp(-1)
+    probs = torch.softmax(shifted, -1)
+    entropy = rest - (probs * torch.where(probs > 0, shifted, torch.zeros_like(shifted))).sum(-1)
+    return shifted.gather(-1, labels[:, None]).squeeze(-1) - rest, entropy, rest + largest
 
 
 def linear_logprobs(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,11 @@ def parse_scores(scores: Sequence[Any] | Tensor, count: int) -> Tensor:
     Takes numbers, 0-d or one-element tensors, or one 1-D tensor. Raises ValueError for a wrong count, a wrong type
     or shape, and for infinite scores, with the position of the first offender.
     """
+    if isinstance(scores, (str, bytes, Mapping, Set)) or not is_listed(scores):
+        raise ValueError(
+            f"the scores are {_shown(scores)} of type {type(scores).__name__}; expected a list or a 1-D tensor, "
+            "one number or None per response"
+        )
     if len(scores) != count:
         raise ValueError(f"got {len(scores)} scores for {count} responses; return exactly one score per response")
     parsed = torch.tensor([_parse_score(score, i) for i, score in enumerate(scores)], dtype=torch.float32)
@@ -32,20 +38,31 @@ def parse_scores(scores: Sequence[Any] | Tensor, count: int) -> Tensor:
     return parsed
 
 
+def is_listed(given: Any) -> bool:
+    """Whether something has a length and numbered entries."""
+    has_entries = hasattr(given, "__len__") and hasattr(given, "__getitem__")
+    return has_entries and getattr(given, "ndim", 1) > 0
+
+
 def _parse_score(score: Any, position: int) -> float:
     if score is None:
         return math.nan
-    if isinstance(score, Tensor):
-        if score.dim() > 1 or score.numel() != 1:
+    if isinstance(score, (Tensor, np.ndarray)):
+        if score.ndim > 1 or math.prod(score.shape) != 1:
             raise ValueError(
                 f"score {position} has shape {tuple(score.shape)}; a score is one number, 0-d or of one element"
             )
-        return float(score)
-    if isinstance(score, numbers.Real) or type(score).__module__ == "numpy":
+        score = score.item()
+    if isinstance(score, (numbers.Real, np.bool_)):
         return float(score)
     raise ValueError(
-        f"score {position} is {score!r} of type {type(score).__name__}; expected a number, a tensor or None"
+        f"score {position} is {_shown(score)} of type {type(score).__name__}; expected a number, a tensor or None"
     )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class ModelReward:

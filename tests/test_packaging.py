@@ -174,6 +174,8 @@ def test_nothing_is_named_for_a_drawer():
     assert not [path for path in SOURCES if drawers & {part.removesuffix(".py") for part in path.parts[-2:]}]
 
 
+# The one command that opens a pickle, because a person asks for it: torch's restricted unpickler, tensors only.
+CONVERTER = ROOT / "fastppo" / "convert.py"
 BANNED = {
     r"torch\.load\(": "reads pickle, which runs code: use safetensors",
     r"^\s*(import pickle|from pickle)": "pickle runs code on loading: use safetensors and JSON",
@@ -188,7 +190,7 @@ def test_lessons_stay_learnt(pattern, reason):
     hits = [
         f"{path.relative_to(ROOT)}: {match.group().strip()!r}: {reason}"
         for path in SOURCES
-        if path != Path(__file__).resolve()
+        if path not in (Path(__file__).resolve(), CONVERTER)
         for match in re.finditer(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)
     ]
     assert not hits, "\n".join(hits)

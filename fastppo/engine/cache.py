@@ -106,8 +106,8 @@ class WindowCache(Cache):
             layer.start = layer.end - longest
 
     def advance(self) -> None:
-        """Count the column that a forward pass has just written."""
-        self.lengths = [length + 1 for length in self.lengths]
+        """Count the column that a forward pass has just written; free rows stay empty."""
+        self.lengths = [length + 1 if length else 0 for length in self.lengths]
 
     def release(self, row: int) -> None:
         """Mark a row as free: it no longer keeps columns alive."""

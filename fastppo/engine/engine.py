@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,14 +75,24 @@ class Engine:
         """Return the prompts as 1-D int64 tensors on the model's device."""
         if isinstance(prompts, (str, Tensor)):
             raise ValueError(f"prompts must be a list of prompts, got one {type(prompts).__name__}; wrap it in a list")
-        return [self._encode(prompt).to(causal_lm(self.model).device) for prompt in prompts]
+        inner = causal_lm(self.model)
+        ids = [self._encode(prompt).to(inner.device) for prompt in prompts]
+        _check_vocabulary(ids, len(inner.get_input_embeddings().weight))
+        return ids
 
     def _encode(self, prompt: Any) -> Tensor:
         if isinstance(prompt, Tensor):
-            if prompt.dim() != 1:
-                raise ValueError(f"a prompt must be a 1-D tensor of token ids, got shape {tuple(prompt.shape)}")
+            if prompt.dim() != 1 or prompt.is_floating_point():
+                raise ValueError(
+                    f"a prompt must be a 1-D tensor of token ids, got shape {tuple(prompt.shape)} of {prompt.dtype}; "
+                    "pass one tensor per prompt"
+                )
             return prompt.long()
         is_text = isinstance(prompt, str)
+        if isinstance(prompt, Mapping) or not hasattr(prompt, "__len__"):
+            raise ValueError(
+                f"a prompt is {prompt!r} of type {type(prompt).__name__}; expected a text, a chat or token ids"
+            )
         if is_text or (len(prompt) > 0 and isinstance(prompt[0], dict)):
             if self.tokenizer is None:
                 raise ValueError("text and chat prompts need a tokenizer; pass one to the engine, or pass token ids")
@@ -108,6 +118,18 @@ class Engine:
                 )
 
 
+def _check_vocabulary(ids: list[Tensor], vocabulary: int) -> None:
+    if not any(len(prompt) for prompt in ids):
+        return
+    outside = ((together := torch.cat(ids)) < 0) | (together >= vocabulary)
+    if bool(outside.any()):  # one question to the device for all prompts
+        number = next(i for i, part in enumerate(outside.split([len(prompt) for prompt in ids])) if bool(part.any()))
+        raise ValueError(
+            f"prompt {number} has the token ids {ids[number].tolist()}, outside 0..{vocabulary - 1}; "
+            "use the tokenizer that belongs to the model"
+        )
+
+
 def context_length(model: Any) -> int | None:
     """Return the number of positions that the model was made for, or None if it sets no limit."""
     config = causal_lm(model).config.get_text_config()
@@ -129,11 +151,11 @@ class _Decoder:
         self.end_ids = torch.tensor(sorted(stopping.ids), dtype=torch.int64, device=self.device)
 
     def run(self) -> None:
-        self._admit()
-        while self.rows.active:
-            self._decode()
-            while self.rows.waiting and None in self.rows.occupants:
+        while self.rows.waiting or self.rows.active:
+            while self.rows.has_room:
                 self._admit()
+            if self.rows.active:
+                self._decode()
             stay = self.rows.compact()
             if stay is not None:
                 self.cache.keep(stay)

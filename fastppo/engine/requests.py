@@ -95,8 +95,7 @@ class Rows:
 
     def __init__(self, num_requests: int, max_rows: int):
         self.waiting = deque(range(num_requests))
-        self.max_rows = max_rows
-        self.occupants: list[int | None] = []
+        self.occupants: list[int | None] = [None] * min(max_rows, num_requests)
 
     @property
     def active(self) -> list[int]:
@@ -108,10 +107,13 @@ class Rows:
         """The requests in the active rows, in the rows' order."""
         return [request for request in self.occupants if request is not None]
 
+    @property
+    def has_room(self) -> bool:
+        """Whether somebody waits and a row is free."""
+        return bool(self.waiting) and None in self.occupants
+
     def admit(self) -> tuple[list[int], list[int]]:
         """Seat waiting requests in free rows; return the requests and their rows."""
-        if not self.occupants:
-            self.occupants = [None] * min(self.max_rows, len(self.waiting))
         free = [row for row, request in enumerate(self.occupants) if request is None]
         seated: list[int] = []
         for row in free[: len(self.waiting)]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,19 @@ def _check_peft_config(peft_config: Any) -> None:
 def _load_transformers(name: str, *model_args: Any, **kwargs: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(name, *model_args, **kwargs)
+    # The logger's name is that of transformers' module that reports on loading.
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_news)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, *model_args, **kwargs)
+    finally:
+        logger.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a loading report names anything but our own value head, which plain transformers does not know."""
+    rows = [line for line in record.getMessage().splitlines() if " | " in line and not line.startswith("Key")]
+    return not rows or not all(row.startswith(_HEAD_PREFIX) for row in rows)
 
 
 def _load_adapter(name: str, is_trainable: bool, *model_args: Any, **kwargs: Any) -> Any:
@@ -130,7 +143,7 @@ def read_value_head(name: str, **hub: Any) -> dict[str, Tensor] | None:
     has_weights = _find(name, "model.safetensors", **hub) or _find(name, "model.safetensors.index.json", **hub)
     if not has_weights and _find(name, "pytorch_model.bin", **hub):
         raise ValueError(
-            f"{name} holds pytorch_model.bin, a pickle, which is never opened; run: fastppo convert {name}"
+            f"{name} holds pytorch_model.bin, a pickle, which is never opened; run: fastppo convert {name} DEST"
         )
     return None
 

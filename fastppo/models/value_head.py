@@ -34,6 +34,15 @@ class ValueHead(nn.Module):
         result: Tensor = self.summary(self.dropout(hidden).to(self.summary.weight.dtype))
         return result
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Follow `model.to(...)` to another device, but never to half precision, in which returns would be rounded."""
+
+        def kept_wide(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype in (torch.float32, torch.float64) else tensor.to(moved.device)
+
+        return super()._apply(kept_wide, recurse)
+
 
 class AutoModelForCausalLMWithValueHead(nn.Module):
     """A causal language model and a value head on its last hidden state.
@@ -147,15 +156,22 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             self.save_pretrained(directory, **kwargs)
             return api.upload_folder(repo_id=repo_id, folder_path=directory)
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Trade compute for memory in the update; the rollout keeps its cache."""
-        self.pretrained_model.gradient_checkpointing_enable(**kwargs)
+        self._checkpointing_method("enable")(gradient_checkpointing_kwargs, **kwargs)
         if self.is_peft_model:
             self.pretrained_model.enable_input_require_grads()
 
     def gradient_checkpointing_disable(self) -> None:
         """Undo `gradient_checkpointing_enable`."""
-        self.pretrained_model.gradient_checkpointing_disable()
+        self._checkpointing_method("disable")()
+
+    def _checkpointing_method(self, action: str) -> Any:
+        """Return transformers' method under its new name (from 5.23 on, where the old one warns) or its old one."""
+        old, new = (f"{kind}_checkpointing_{action}" for kind in ("gradient", "activation"))
+        return getattr(self.pretrained_model, new, None) or getattr(self.pretrained_model, old)
 
     @property
     def device(self) -> torch.device:

@@ -18,7 +18,7 @@ from fastppo.engine.engine import Engine, context_length
 from fastppo.engine.stopping import end_ids
 from fastppo.models.network import causal_lm, language_head, verify_head, weight_version
 from fastppo.models.reference import Reference
-from fastppo.rewards import parse_scores
+from fastppo.rewards import is_listed, parse_scores
 from fastppo.trainers import generation, padded, report, setup, state
 from fastppo.trainers.conclude import conclude
 from fastppo.trainers.evaluate import evaluate
@@ -158,9 +158,10 @@ class PPOTrainer:
     ) -> tuple[Samples, Tensor, Rollout | None]:
         """Check what came in, and decide whether the rollout's records can be believed."""
         for name, given in (("queries", queries), ("responses", responses), ("scores", scores)):
-            if len(given) != self.config.batch_size:
+            count = len(given) if is_listed(given) else type(given).__name__
+            if count != self.config.batch_size:
                 raise ValueError(
-                    f"got {len(given)} {name}, but PPOConfig.batch_size is {self.config.batch_size}; pass a whole batch"
+                    f"got {count} {name}, but PPOConfig.batch_size is {self.config.batch_size}; pass a whole batch"
                 )
         parsed = parse_scores(scores, len(responses))
         rollout = responses if isinstance(responses, Rollout) else None

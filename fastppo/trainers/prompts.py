@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastppo.rewards import is_listed
 from fastppo.trainers.setup import EpochSampler
 
 _PROMPT_COLUMNS = ("prompt", "query", "text")
@@ -51,9 +52,19 @@ def read_prompts(data: Any, engine: Any, *, room: int | None, overlong: str, col
 
 
 def _split_columns(data: Any, column: str | None) -> tuple[list[Any], dict[str, list[Any]]]:
+    if isinstance(data, str) or not is_listed(data):
+        raise ValueError(
+            f"prompts must be a list or a dataset, got {type(data).__name__}; a single prompt goes into a list"
+        )
     if hasattr(data, "column_names"):
         table = {name: list(data[name]) for name in data.column_names}
     elif len(data) and isinstance(data[0], Mapping) and not {"role", "content"} <= set(data[0]):
+        different = [i for i, row in enumerate(data) if set(row) != set(data[0])]
+        if different:
+            raise ValueError(
+                f"row {different[0]} of the data has the columns {sorted(data[different[0]])}, the first row has "
+                f"{sorted(data[0])}; give all rows the same columns"
+            )
         table = {name: [row[name] for row in data] for name in data[0]}
     else:
         return list(data), {}

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastppo.rewards import is_listed
 from fastppo.types import Rollout, Samples, offsets_of
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_samples(
@@ -29,15 +32,17 @@ def check_samples(
     Left out, with a warning that counts them: responses without a score, empty ones, and those whose mask is all
     zero. Raises ValueError for anything that cannot be meant, and if nothing is left.
     """
-    masks = _check_lists(queries, responses, masks)
+    if len(queries) != len(responses):
+        raise ValueError(f"got {len(queries)} queries and {len(responses)} responses; give one response per query")
     for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
         _check_pair(i, query, response, vocabulary, context)
+    masks = _check_masks(responses, masks)
     rows = [i for i in range(len(queries)) if bool(masks[i].any()) and not bool(scores[i].isnan())]
     _warn_of_dropped(scores, masks)
     positions = [masks[i].nonzero().flatten().cpu() for i in rows]
-    kept = [responses[i].to(device) for i in rows]
+    kept = [responses[i].to(device, torch.int64) for i in rows]
     return Samples(
-        queries=tuple(queries[i].to(device) for i in rows),
+        queries=tuple(queries[i].to(device, torch.int64) for i in rows),
         responses=tuple(kept),
         rows=tuple(rows),
         num_given=len(queries),
@@ -49,15 +54,16 @@ def check_samples(
     )
 
 
-def _check_lists(queries: Any, responses: Any, masks: Any) -> list[Tensor]:
-    """Check lengths and return boolean masks, all true where none were given."""
-    if len(queries) != len(responses):
-        raise ValueError(f"got {len(queries)} queries and {len(responses)} responses; give one response per query")
+def _check_masks(responses: Any, masks: Any) -> list[Tensor]:
+    """Return the masks, boolean and on the host; all true where none were given."""
     if masks is None:
         return [torch.ones(len(response), dtype=torch.bool) for response in responses]
-    if len(masks) != len(responses):
-        raise ValueError(f"got {len(masks)} response masks for {len(responses)} responses; give one per response")
+    if not is_listed(masks) or len(masks) != len(responses):
+        count = len(masks) if is_listed(masks) else type(masks).__name__
+        raise ValueError(f"got {count} response masks for {len(responses)} responses; give one per response")
     for i, (mask, response) in enumerate(zip(masks, responses, strict=True)):
+        if not isinstance(mask, Tensor) or not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError(f"response mask {i} is {mask!r}; expected a tensor of 0 and 1, 1 where it is trained on")
         if tuple(mask.shape) != tuple(response.shape):
             raise ValueError(
                 f"response mask {i} has shape {tuple(mask.shape)}, its response {tuple(response.shape)}; "
@@ -81,7 +87,7 @@ def _check_pair(i: int, query: Any, response: Any, vocabulary: int, context: int
 def _check_tokens(name: str, tokens: Any, vocabulary: int) -> None:
     if not isinstance(tokens, Tensor):
         raise ValueError(f"{name} must be a tensor of token ids, got {type(tokens).__name__}")
-    if tokens.dim() != 1 or tokens.is_floating_point():
+    if tokens.dim() != 1 or tokens.dtype not in _INTEGERS:
         raise ValueError(
             f"{name} must be a 1-D tensor of integers, got shape {tuple(tokens.shape)} of {tokens.dtype}; "
             "squeeze() removes the batch dimension that a single generate returns"

@@ -60,7 +60,7 @@ def check_overrides(trainer: type, base: type) -> None:
     if useless:
         raise TypeError(
             f"{trainer.__name__} overrides {', '.join(useless)}, which fastppo would never call; overrides of "
-            f"{', '.join(HONOURED_OVERRIDES)} are honoured, and fastppo.ops and fastppo.ppo hold the stages as functions"
+            f"{', '.join(HONOURED_OVERRIDES)} are honoured, fastppo.ops and fastppo.ppo hold the stages as functions"
         )
 
 

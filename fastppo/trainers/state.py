@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastppo import checkpoint
 from fastppo.atomic import Pathlike, atomic_files
@@ -77,23 +80,27 @@ def _check(trainer: Any, state: dict[str, Any]) -> None:
         )
 
 
-def _reference_version(trainer: Any) -> list[int] | None:
-    """Fingerprint of the weights that only the reference has."""
+def _reference_version(trainer: Any) -> list[int]:
+    """Fingerprint of the reference: its own model, or the frozen part of the policy with the adapter off."""
     if trainer.ref_model is not None:
         return list(weight_version(trainer.ref_model))
-    return None
+    frozen = [parameter for parameter in trainer.model.parameters() if not parameter.requires_grad]
+    return list(weight_version(torch.nn.ParameterList(frozen)))
 
 
 def _schedule_state(schedule: Any) -> dict[str, Any] | None:
+    """Return the part of a schedule's state that is data; its functions come with the trainer that resumes."""
     if schedule is None:
         return None
-    simple = (int, float, str, bool, list, type(None))
-    return {
-        name: value
-        for name, value in schedule.state_dict().items()
-        if isinstance(value, simple)
-        and not (isinstance(value, list) and any(callable(item) or isinstance(item, dict) for item in value))
-    }
+    return {name: value for name, value in schedule.state_dict().items() if _is_json(value)}
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _cursor(trainer: Any) -> list[int] | None:

@@ -1,0 +1,65 @@
+"""What the command line loads by name: tokenizers, and rewards from the user's own code."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastppo.cli.arguments import nearest
+
+
+def load_tokenizer(name: str) -> Any:
+    """Return the tokenizer of a model; an adapter without one has that of its base model."""
+    from transformers import AutoTokenizer
+
+    adapter = Path(name, "adapter_config.json")
+    if adapter.is_file() and not Path(name, "tokenizer_config.json").is_file():
+        name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return AutoTokenizer.from_pretrained(name)
+
+
+def load_reward(name: str) -> Callable[..., Any]:
+    """Import `module:function` or `file.py:function`; modules are also looked for in the current directory.
+
+    Raises ValueError if the name is not of that form or the module has no such callable.
+    """
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise ValueError(f"reward must be module:function or file.py:function, got {name!r}")
+    module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
+    reward = getattr(module, attribute, None)
+    if not callable(reward):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"{place} has no function {attribute!r}{nearest(attribute, known)}; define it there")
+    return reward  # type: ignore[no-any-return]
+
+
+def _load_module(name: str) -> Any:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the reward's own import failed
+        raise ValueError(f"there is no module {name!r} in {here} or among the installed ones; check reward") from error
+
+
+def _load_file(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"there is no file {path} (in {Path.cwd()}); check reward")
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    # Registered first, as the import statement does it: dataclasses look their module up.
+    sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.resolve().parent))
+    specification.loader.exec_module(module)
+    return module

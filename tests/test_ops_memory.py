@@ -1,0 +1,98 @@
+"""What the head's fast paths allocate and compute, as seen by torch's dispatcher: no [rows x vocabulary], few matmuls.
+
+Counts, not times. The sizes are such that every tensor of interest has a size of its own.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastppo import ops
+
+ROWS, HIDDEN, VOCABULARY, CHUNK = 400, 8, 512, 16
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the entries of the largest result of any operation, and counts the multiplications of matmuls."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.multiplications = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.largest = max([self.largest, *sizes])
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            left, right = args[-2:]
+            self.multiplications += left.shape[0] * left.shape[1] * right.shape[1]
+        else:
+            assert name not in ("bmm", "linear", "matmul", "baddbmm"), f"{name} is a matmul that is not counted"
+        return result
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr(ops, "_MIN_CHUNK_ROWS", 1)
+    monkeypatch.setattr(ops, "_CHUNK_BYTES", 4 * VOCABULARY * CHUNK)
+
+
+def make_inputs(is_frozen=False, dtype=torch.float32):
+    hidden = torch.randn(ROWS, HIDDEN, dtype=dtype).requires_grad_()
+    weight = torch.randn(VOCABULARY, HIDDEN, dtype=dtype).requires_grad_(not is_frozen)
+    return hidden, weight, torch.randint(VOCABULARY, (ROWS,))
+
+
+def combined(logprobs, entropies, rows):
+    return logprobs - 0.1 * entropies
+
+
+def test_the_recorder_sees_what_the_naive_formula_does():
+    hidden, weight, labels = make_inputs()
+    with Recorder() as seen:
+        torch.log_softmax(torch.nn.functional.linear(hidden, weight), -1)[range(ROWS), labels].sum().backward()
+    assert seen.largest == ROWS * VOCABULARY
+    assert seen.multiplications == 3 * ROWS * HIDDEN * VOCABULARY
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_frozen", [True, False], ids=["frozen", "trained"])
+@pytest.mark.parametrize("scaling", [{}, {"softcap": 5.0, "temperature": 0.7, "logit_scale": 0.5}], ids=["", "scaled"])
+def test_linear_loss_holds_one_chunk_and_takes_two_or_three_matmuls(is_frozen, dtype, scaling):
+    hidden, weight, labels = make_inputs(is_frozen, dtype)
+    with Recorder() as seen:
+        ops.linear_loss(hidden, weight, labels, combined, **scaling).backward()
+    assert seen.largest == CHUNK * VOCABULARY
+    assert seen.multiplications == (2 if is_frozen else 3) * ROWS * HIDDEN * VOCABULARY
+
+
+def test_linear_logprobs_hold_one_chunk():
+    hidden, weight, labels = make_inputs()
+    with Recorder() as seen:
+        logprobs, entropies, _ = ops.linear_logprobs(hidden, weight, labels)
+        (logprobs - entropies).sum().backward()
+    assert seen.largest == CHUNK * VOCABULARY
+
+
+def test_no_gradient_costs_one_matmul_and_one_chunk():
+    hidden, weight, labels = make_inputs()
+    with Recorder() as seen, torch.no_grad():
+        ops.linear_logprobs(hidden, weight, labels)
+    assert (seen.largest, seen.multiplications) == (CHUNK * VOCABULARY, ROWS * HIDDEN * VOCABULARY)
+    with Recorder() as seen, torch.no_grad():
+        ops.linear_loss(hidden, weight, labels, combined)
+    assert (seen.largest, seen.multiplications) == (CHUNK * VOCABULARY, ROWS * HIDDEN * VOCABULARY)
+    with Recorder() as seen:
+        ops.linear_kl((hidden, weight), (hidden, weight))
+    assert (seen.largest, seen.multiplications) == (CHUNK * VOCABULARY, 2 * ROWS * HIDDEN * VOCABULARY)
+
+
+def test_rows_do_not_depend_on_those_after_them():
+    hidden, weight, labels = make_inputs()
+    with torch.no_grad():
+        some = ops.linear_logprobs(hidden[: 2 * CHUNK], weight, labels[: 2 * CHUNK])
+        every = ops.linear_logprobs(hidden, weight, labels)
+    for part, whole in zip(some, every, strict=True):
+        assert part.equal(whole[: 2 * CHUNK])
