@@ -14,16 +14,7 @@ from fastppo.types import LossTerms
 def conclude(trainer: Any, stats: Mapping[str, Any], losses: list[LossTerms]) -> None:
     """Move controller, schedule and counters on. Raises FloatingPointError if training has broken down."""
     config = trainer.config
-    kl = stats["objective/kl"]
-    if kl < -1.0:
-        warnings.warn(
-            f"the KL from the reference is {kl:.2f}; it cannot be negative in the mean: check that responses are "
-            "sampled with top_k=0, top_p=1 and scored at the same temperature",
-            stacklevel=4,
-        )
-    if not config.is_compat:  # an estimate below zero says nothing about the target; the exact KL is never below
-        kl = max(0.0, stats.get("objective/kl_full", kl))
-    trainer.kl_ctl.update(kl, config.batch_size)
+    _control_kl(trainer, stats)
     if trainer.lr_scheduler is not None:
         trainer.lr_scheduler.step()
     trainer.current_step += 1
@@ -31,6 +22,22 @@ def conclude(trainer: Any, stats: Mapping[str, Any], losses: list[LossTerms]) ->
     _push_if_best(trainer, stats["ppo/mean_scores"])
     if config.optimize_device_cache and torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _control_kl(trainer: Any, stats: Mapping[str, Any]) -> None:
+    """Let the controller see the KL; what cannot be one is a symptom, and must not lower the coefficient."""
+    kl = stats["objective/kl"]
+    if kl < -1.0:
+        warnings.warn(
+            f"the KL from the reference is {kl:.2f}; it cannot be negative in the mean: check that responses are "
+            "sampled with top_k=0, top_p=1 and scored at the same temperature",
+            stacklevel=5,
+        )
+    if not trainer.config.is_compat:
+        if kl < -1.0:
+            return
+        kl = max(0.0, stats.get("objective/kl_full", kl))  # the exact KL is never below 0, and less noisy
+    trainer.kl_ctl.update(kl, trainer.config.batch_size)
 
 
 def _count_nonfinite(trainer: Any, losses: list[LossTerms]) -> None:

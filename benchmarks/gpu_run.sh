@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one run of under 8 minutes: correctness first, then timings as JSON into $OUT.
+# Uses the Python that is there (torch, triton, transformers, peft and pytest must be installed); installs nothing else.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+: "${OUT:?set OUT to the folder that takes the results}"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+python3 setup.py build_ext --inplace >"$OUT/build.log" 2>&1 || echo "no C++ extension: running without it"
+status=0
+timeout 240 python3 -m pytest -q -m gpu -W default tests/test_gpu.py tests/test_kernels.py 2>&1 | tee "$OUT/tests.log" || status=1
+timeout 200 python3 -m benchmarks.step --iterations 3 --output "$OUT/step_gpu.json" 2>&1 | tee "$OUT/step.log" || status=1
+exit "$status"
