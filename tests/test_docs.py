@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import json
 import re
+import runpy
 from pathlib import Path
 
 import fastppo
@@ -31,3 +33,20 @@ def test_readme_links_exist():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert links
     assert [link for link in links if not (root / link).exists()] == []
+
+
+def test_sentiment_example_runs(shared_path, tmp_path):
+    path = Path(__file__).parents[1] / "examples" / "sentiment.py"
+    example = runpy.run_path(str(path), run_name="example")
+    settings = {"max_steps": 2, "batch_size": 8, "num_prompts": 16, "prompt_tokens": 6, "max_new_tokens": 6}
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    model = shared_path("models/stories260k")
+    summary = example["main"]([f"--model_name_or_path={model}", f"--output_dir={tmp_path / 'run'}", *flags])
+    assert summary["steps"] == 2
+    assert -1 <= summary["reward_after"] <= 1
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "run" / "learning_curve.png").stat().st_size > 10_000
+    prompts = tmp_path / "texts.jsonl"
+    prompts.write_text("".join(json.dumps({"text": f"Once upon a time there was {i}"}) + "\n" for i in range(600)))
+    flags += [f"--dataset_name={prompts}", f"--output_dir={tmp_path / 'other'}"]
+    assert example["main"]([f"--model_name_or_path={model}", *flags])["steps"] == 2

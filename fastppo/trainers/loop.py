@@ -35,6 +35,8 @@ class LoopConfig:
     """The dataset's prompt column; by default the first of prompt, query, text."""
     eval_prompts: Any = None
     """Held-out prompts, measured before and after; the model that does best on them is kept in output_dir/best."""
+    eval_reward: Any = None
+    """What measures them; by default the reward of the training."""
     eval_every: int | None = None
     """Measure them every so many steps as well."""
     save_every: int | None = None
@@ -63,6 +65,7 @@ class _Run:
     stream: PromptStream
     sampling: SamplingConfig
     eval_prompts: Prompts | None
+    eval_reward: Reward
     folder: RunFolder | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -118,7 +121,9 @@ def _prepare(trainer: Any, prompts: Any, reward: Any, config: LoopConfig, genera
     held_out = None if held_out is None else read_prompts(held_out, trainer.engine, **options)
     if not trainer.has_own_schedule:
         trainer.lr_scheduler = setup.make_scheduler(trainer.optimizer, trainer.config, config.max_steps)
-    return _Run(trainer, config, Reward(reward, config.reward_weights), stream, sampling, held_out)
+    trained = Reward(reward, config.reward_weights)
+    measured = trained if config.eval_reward is None else Reward(config.eval_reward)
+    return _Run(trainer, config, trained, stream, sampling, held_out, measured)
 
 
 def _go(run: _Run) -> None:
@@ -199,7 +204,7 @@ def _note(run: _Run, prompts: Prompts, completions: list[Any], scores: Any, stat
 def _measured(run: _Run, when: str) -> Measurement:
     """Measure on the held-out prompts, and keep the model if it is the best so far."""
     assert run.eval_prompts is not None
-    result = measure(run.trainer, run.eval_prompts, run.reward, run.sampling)
+    result = measure(run.trainer, run.eval_prompts, run.eval_reward, run.sampling)
     if when != "before" and result.reward_mean > run.best:
         run.best = result.reward_mean
         run.summary |= result.summary("best") | {"best_step": run.trainer.current_step}
