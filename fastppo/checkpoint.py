@@ -4,7 +4,8 @@ checkpoint-000010/
   model.safetensors, config.json, ...   the model, or adapter_model.safetensors and value_head.safetensors
   optimizer.safetensors                 the optimiser's tensors, `<parameter number>.<name>`
   random.safetensors                    the states of torch's and numpy's global generators
-  state.json                            everything else: counters, controller, running moments, schedule, cursor
+  state.json                            everything else: counters, controller, running moments, schedule, cursor,
+                                        what the optimiser counts in plain numbers
   manifest.json                         sha256 and size of every other file
 """
 
@@ -30,15 +31,18 @@ _NAME = re.compile(r"checkpoint-\d+")
 
 
 def save_checkpoint(directory: Pathlike, model: Any, tokenizer: Any, optimizer: Any, state: dict[str, Any]) -> Path:
-    """Write a checkpoint; the directory appears whole or not at all. `state` must be JSON."""
+    """Write a checkpoint; the directory appears whole or not at all. `state` must be JSON.
+
+    Raises ValueError if the optimiser keeps something that is neither a tensor nor a plain value.
+    """
     with atomic_directory(directory) as target:
         model.save_pretrained(target)
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
-        tensors, groups = _optimizer_state(optimizer)
+        tensors, numbers, groups = _optimizer_state(optimizer)
         save_file(tensors, target / "optimizer.safetensors")
         save_file(_random_tensors(), target / "random.safetensors")
-        everything = {**state, "optimizer_groups": groups, "random": _random_numbers()}
+        everything = {**state, "optimizer_groups": groups, "optimizer_numbers": numbers, "random": _random_numbers()}
         (target / "state.json").write_text(json.dumps(everything, indent=2), encoding="utf-8")
         write_json(target / _MANIFEST, {file.name: _digest(file) for file in sorted(target.iterdir())})
     return Path(directory)
@@ -57,7 +61,8 @@ def load_checkpoint(
     state: dict[str, Any] = json.loads((directory / "state.json").read_text(encoding="utf-8"))
     check(state)
     _load_model(directory, model)
-    _load_optimizer(optimizer, load_file(directory / "optimizer.safetensors"), state.pop("optimizer_groups"))
+    kept = {**load_file(directory / "optimizer.safetensors"), **state.pop("optimizer_numbers", {})}
+    _load_optimizer(optimizer, kept, state.pop("optimizer_groups"))
     _restore_random(load_file(directory / "random.safetensors"), state.pop("random"))
     return state
 
@@ -126,23 +131,29 @@ def _load_adapter(model: Any, saved: dict[str, Tensor]) -> list[str]:
     return list(set_peft_model_state_dict(model.pretrained_model, saved, adapter_name=adapter).unexpected_keys)
 
 
-def _optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def _optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any], list[dict[str, Any]]]:
+    """Return the tensors and the plain values that an optimiser keeps for its parameters, and its groups."""
     state = optimizer.state_dict()
-    tensors = {
-        f"{number}.{name}": value.detach().cpu().contiguous()
-        for number, entries in state["state"].items()
-        for name, value in entries.items()
-        if isinstance(value, Tensor)
+    kept = {
+        f"{number}.{name}": value for number, entries in state["state"].items() for name, value in entries.items()
     }
-    return tensors, state["param_groups"]
+    tensors = {key: value.detach().cpu().contiguous() for key, value in kept.items() if isinstance(value, Tensor)}
+    numbers = {key: value for key, value in kept.items() if key not in tensors}
+    for key, value in numbers.items():
+        if not (value is None or isinstance(value, (bool, int, float, str))):
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps a {type(value).__name__} under {key!r}, expected tensors and numbers; "
+                "train with an optimiser that does, such as AdamW, or without checkpoints"
+            )
+    return tensors, numbers, state["param_groups"]
 
 
-def _load_optimizer(optimizer: Any, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
+def _load_optimizer(optimizer: Any, kept: dict[str, Any], groups: list[dict[str, Any]]) -> None:
     expected = [len(group["params"]) for group in optimizer.param_groups]
     if [len(group["params"]) for group in groups] != expected:
         raise ValueError(f"the checkpoint's optimiser trains other parameters than this one ({expected} of them)")
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in kept.items():
         number, name = key.split(".", 1)
         state.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})

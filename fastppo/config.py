@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 KL_PENALTIES = ("kl", "abs", "mse", "full", "k1", "k2", "k3")
@@ -123,14 +123,12 @@ class PPOConfig:
             value = getattr(self, name)
             if not _holds(is_right, value) and not (value is None and name in _OPTIONAL):
                 raise ValueError(f"PPOConfig.{name} must be {expectation}, got {value!r}")
-        # A minibatch cannot exceed the batch: TRL 0.11's default of 128 would refuse every smaller batch.
         per_step = self.gradient_accumulation_steps
-        self.mini_batch_size = min(self.mini_batch_size, max(1, self.batch_size // per_step))
-        self.backward_batch_size = self.mini_batch_size * per_step
+        self.backward_batch_size = self.micro_batch_size * per_step
         if self.batch_size % self.backward_batch_size:
             raise ValueError(
                 f"PPOConfig.batch_size ({self.batch_size}) must be a multiple of mini_batch_size * "
-                f"gradient_accumulation_steps ({self.mini_batch_size} * {per_step} = {self.backward_batch_size})"
+                f"gradient_accumulation_steps ({self.micro_batch_size} * {per_step} = {self.backward_batch_size})"
             )
         self.world_size = 1
         self.global_batch_size = self.batch_size
@@ -141,6 +139,11 @@ class PPOConfig:
             self.mini_batch_size = self.forward_batch_size
         if self.optimize_cuda_cache is not None:
             self.optimize_device_cache = self.optimize_cuda_cache
+
+    @property
+    def micro_batch_size(self) -> int:
+        """mini_batch_size, or less where the batch is smaller: TRL 0.11's default of 128 would refuse those."""
+        return min(self.mini_batch_size, max(1, self.batch_size // self.gradient_accumulation_steps))
 
     @property
     def is_compat(self) -> bool:
@@ -250,10 +253,6 @@ class SamplingConfig:
         own["stop_strings"] = tuple(own.get("stop_strings", ()))
         _refuse_unsupported(rest)
         return cls(**own)
-
-    def limited_to(self, max_new_tokens: int) -> SamplingConfig:
-        """Return the same settings with another length limit."""
-        return replace(self, max_new_tokens=max_new_tokens, min_new_tokens=min(self.min_new_tokens, max_new_tokens))
 
 
 # Arguments of `generate` that scripts pass and that change nothing here, with the only values for which that holds.

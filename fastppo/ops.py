@@ -266,16 +266,23 @@ def linear_loss(
 
 
 @torch.no_grad()
-def linear_kl(head: tuple[Tensor, Tensor], ref_head: tuple[Tensor, Tensor], **shape: Any) -> Tensor:
+def linear_kl(
+    head: tuple[Tensor, Tensor],
+    ref_head: tuple[Tensor, Tensor],
+    *,
+    ref_shape: dict[str, Any] | None = None,
+    **shape: Any,
+) -> Tensor:
     """Return KL(π || π_ref), (T,) fp32, from two (hidden (T, H), weight (V, H)) pairs, chunk by chunk; no gradient.
 
-    Keywords are those of `linear_logprobs`: bias, temperature, softcap, logit_scale, alike for both.
+    Keywords are those of `linear_logprobs`: bias, temperature, softcap, logit_scale; `ref_shape` holds those of the
+    second where they differ.
     """
     (hidden, weight), (ref_hidden, ref_weight) = head, ref_head
     parts = [
         reference.exact_kl(
             reference.scaled_logits(hidden[rows], weight, **shape),
-            reference.scaled_logits(ref_hidden[rows], ref_weight, **shape),
+            reference.scaled_logits(ref_hidden[rows], ref_weight, **(shape if ref_shape is None else ref_shape)),
         )
         for rows in _chunks(len(hidden), len(weight))
     ]

@@ -227,19 +227,20 @@ def uniforms(seed: int, requests: Tensor, positions: Tensor) -> Tensor:
 def sample_tokens(logits: Tensor, uniform: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, ...]:
     """Draw one token a row by inverting the cumulative distribution at uniform (N,).
 
-    logits (N, V) at the sampling temperature; allowed (N, V) bool limits the draw.
+    logits (N, V) at the sampling temperature; allowed (N, V) bool limits the draw, one token a row at least.
     Returns (tokens (N,) int64, logprobs, entropies, kept_mass), the last three (N,): log-prob and entropy are those
     of the whole distribution, kept_mass is the probability of the allowed tokens.
     """
-    weights = torch.softmax(logits, -1)
-    kept = weights if allowed is None else weights * allowed
-    cumulative = kept.cumsum(-1)
+    # Normalised over the allowed tokens: as a part of the whole they may be too improbable for the dtype.
+    weights = torch.softmax(logits if allowed is None else logits.masked_fill(~allowed, float("-inf")), -1)
+    cumulative = weights.cumsum(-1)
     total = cumulative[:, -1]
     # Just below the total, so that rounding never selects past the last token that has any probability.
     target = torch.minimum(uniform.to(total) * total, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
     logprobs, entropies, _ = row_statistics(logits, tokens)
-    return tokens, logprobs, entropies, torch.ones_like(total) if allowed is None else total
+    kept = torch.ones_like(total) if allowed is None else (torch.softmax(logits, -1) * allowed).sum(-1)
+    return tokens, logprobs, entropies, kept
 
 
 def allowed_tokens(logits: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -7,9 +7,8 @@ A token that is not trained on (masked out by the user) is not in the index at a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, overload
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,11 +24,16 @@ def segment_ids(offsets: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff())
 
 
-@dataclass(frozen=True, eq=False)
-class Rollout(Sequence[Tensor]):
+def edits_of(tensor: Tensor) -> int | None:
+    """Return how often a tensor was written to in place, or None where torch does not count (inference mode)."""
+    return None if tensor.is_inference() else tensor._version
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rollout(list[Tensor]):
     """What the engine generated, and what it knew about every token when it drew it.
 
-    It is also a sequence of the B responses, 1-D int64 tensors. Its records are believed by `PPOTrainer.step` only
+    It is also the list of the B responses, 1-D int64 tensors. Its records are believed by `PPOTrainer.step` only
     while neither the weights nor the tokens have changed since.
     """
 
@@ -43,7 +47,10 @@ class Rollout(Sequence[Tensor]):
     finished: Tensor  # (B,) bool, ended by an end-of-sequence token or a stop string rather than by its length
     temperature: float  # of the sampling distribution; 1.0 for greedy decoding
     weight_version: tuple[int, ...]  # fingerprint of the weights that drew it
-    token_edits: int = 0  # in-place writes that `tokens` had seen when the rollout was made
+    token_edits: int | None  # in-place writes that `tokens` had seen when the rollout was made; None if not counted
+
+    def __post_init__(self) -> None:
+        self.extend(self.responses)
 
     @property
     def offsets(self) -> Tensor:
@@ -52,8 +59,9 @@ class Rollout(Sequence[Tensor]):
 
     @property
     def is_untouched(self) -> bool:
-        """Whether no response token was written to since the rollout was made."""
-        return self.tokens._version == self.token_edits
+        """Whether the responses are still those that were generated, and no token of theirs was written to."""
+        are_same = len(self) == len(self.responses) and all(a is b for a, b in zip(self, self.responses, strict=True))
+        return are_same and edits_of(self.tokens) == self.token_edits is not None
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Cut a flat (T, ...) tensor into one view per response."""
@@ -63,19 +71,6 @@ class Rollout(Sequence[Tensor]):
                 "pass one of the rollout's own flat tensors, or one of the same length"
             )
         return list(flat.split([len(response) for response in self.responses]))
-
-    def __len__(self) -> int:
-        return len(self.responses)
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        return list(self.responses[index]) if isinstance(index, slice) else self.responses[index]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.responses)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,12 +142,3 @@ class LossTerms:
     ratio: Tensor  # (T,) fp32, NaN where the minibatch has no token
     skipped: Tensor  # () bool, the optimiser step was not taken
     nonfinite: Tensor  # () bool, because a loss or a gradient was not finite
-
-
-@dataclass(frozen=True, eq=False)
-class StepReport:
-    """What one step did."""
-
-    stats: dict[str, Any]  # TRL's keys
-    experience: Experience
-    losses: list[LossTerms] = field(default_factory=list)

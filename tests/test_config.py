@@ -100,7 +100,8 @@ def test_every_limited_setting_has_a_case_above():
 def test_a_minibatch_is_no_larger_than_the_batch_allows(batch_size, mini_batch_size, accumulated, expected):
     config = PPOConfig(batch_size=batch_size, mini_batch_size=mini_batch_size, gradient_accumulation_steps=accumulated)
     config.check()
-    assert config.mini_batch_size == expected
+    assert config.micro_batch_size == expected
+    assert config.mini_batch_size == mini_batch_size  # the user's own number stands
     assert config.backward_batch_size == config.global_backward_batch_size == expected * accumulated
     assert (config.world_size, config.global_batch_size) == (1, batch_size)
     before = dataclasses.asdict(config)
@@ -225,9 +226,3 @@ def test_sampling_settings_cannot_be_changed_afterwards():
 )
 def test_is_truncated(settings, is_truncated):
     assert SamplingConfig(**settings).is_truncated is is_truncated
-
-
-def test_limited_to_keeps_the_rest():
-    sampling = SamplingConfig(max_new_tokens=64, min_new_tokens=10, top_p=0.9)
-    assert sampling.limited_to(4) == SamplingConfig(max_new_tokens=4, min_new_tokens=4, top_p=0.9)
-    assert sampling.limited_to(32) == SamplingConfig(max_new_tokens=32, min_new_tokens=10, top_p=0.9)

@@ -321,6 +321,47 @@ def test_missing_eos_is_penalised():
     assert trainer.step(queries, responses, [1.0] * 8)["ppo/mean_scores"] == pytest.approx(1.0 - 1.5)
 
 
+def test_a_rollout_is_a_list_that_tokenizers_decode():
+    trainer, tokenizer, queries = make(), tiny.tokenizer(), tiny.queries(8)
+    rollout = trainer.generate(queries, return_prompt=False, max_new_tokens=5)
+    assert tokenizer.batch_decode(rollout) == [tokenizer.decode(response) for response in rollout]
+    assert type(rollout[2:4]) is list
+    rollout[0] = rollout[0].clone()  # another tensor, which the records were not made for
+    assert not rollout.is_untouched
+    with torch.inference_mode():
+        assert not trainer.generate(queries, return_prompt=False, max_new_tokens=5).is_untouched
+
+
+def test_gradients_left_behind_do_not_enter_a_step():
+    a, b = make(), make()
+    queries, responses = tiny.queries(8), tiny.queries(8, seed=3)
+    for parameter in b.model.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    stats = [trainer.step(queries, responses, [float(i) for i in range(8)]) for trainer in (a, b)]
+    assert stats[0]["ppo/policy/grad_norm"] == stats[1]["ppo/policy/grad_norm"]
+    assert_same(state_of(a), state_of(b))
+
+
+def test_answers_of_the_reference_are_not_taken_for_the_policys(monkeypatch):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = make(AutoModelForCausalLMWithValueHead(peft.get_peft_model(tiny.llama(), config)))
+    iterate(trainer, 1)
+    believed, queries = evaluations(trainer, monkeypatch), tiny.queries(8)
+    with trainer.optional_peft_ctx():
+        of_reference = trainer.generate(queries, return_prompt=False, max_new_tokens=6)
+    trainer.step(queries, of_reference, [1.0] * 8)
+    assert believed == [False]
+
+
+def test_own_stop_ids_end_a_response_properly():
+    trainer, queries = make(missing_eos_penalty=5.0), tiny.queries(8)
+    every = list(range(tiny.VOCABULARY))
+    responses = trainer.generate(queries, return_prompt=False, max_new_tokens=5, eos_token_id=every)
+    for given in (responses, [response.clone() for response in responses]):
+        assert trainer.step(queries, given, [1.0] * 8)["ppo/mean_scores"] == pytest.approx(1.0)
+
+
 def test_reference_responses_come_along():
     trainer, queries = make(), tiny.queries(8)
     both = trainer.generate(queries, return_prompt=False, generate_ref_response=True, max_new_tokens=6, do_sample=False)

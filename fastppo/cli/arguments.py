@@ -115,7 +115,7 @@ def _from_file(arguments: Sequence[str], flags: set[str]) -> list[str]:
 
 
 def _as_flag(key: str, value: Any) -> list[str]:
-    if value is None:  # the default stands
+    if value is None or value == []:  # the default stands
         return []
     if isinstance(value, list):
         return [f"--{key}", *map(str, value)]

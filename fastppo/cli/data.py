@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,11 +74,12 @@ def _read_file(path: Path) -> list[Row]:
 
 
 def _parse(text: str, suffix: str) -> list[Row]:
-    lines = [line for line in text.splitlines() if line.strip()]
+    # str.splitlines would also cut at U+2028, U+0085 and form feeds, which are part of a text.
+    lines = [line for line in text.split("\n") if line.strip()]
     if suffix == ".txt":
         return [{"text": line} for line in lines]
     if suffix == ".csv":
-        return list(csv.DictReader(text.splitlines(keepends=True)))
+        return list(csv.DictReader(io.StringIO(text, newline="")))
     rows = json.loads(text) if suffix == ".json" else [json.loads(line) for line in lines]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("expected objects, one for each row")

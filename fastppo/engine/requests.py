@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.types import Rollout, offsets_of
+from fastppo.types import Rollout, edits_of, offsets_of
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Requests:
             finished=torch.tensor(self.finished, dtype=torch.bool),
             temperature=temperature,
             weight_version=version,
-            token_edits=tokens._version,
+            token_edits=edits_of(tokens),
         )
 
     def _check_finite(self, logprobs: Tensor, taken: Tensor) -> None:

@@ -43,7 +43,8 @@ def load_base(source: Any, *model_args: Any, **kwargs: Any) -> Source:
             )
         return Source(_load_adapter(name, is_trainable, *model_args, **kwargs), head)
     if "dtype" not in kwargs:  # a frozen base may stay in the checkpoint's dtype; what is trained may not
-        kwargs["dtype"] = "auto" if peft_config is not None else torch.float32
+        trains_base = peft_config is None or bool(getattr(peft_config, "modules_to_save", None))
+        kwargs["dtype"] = torch.float32 if trains_base else "auto"
     return Source(_with_adapter(_load_transformers(name, *model_args, **kwargs), peft_config), head)
 
 
@@ -99,12 +100,15 @@ def _is_news(record: logging.LogRecord) -> bool:
 def _load_adapter(name: str, is_trainable: bool, *model_args: Any, **kwargs: Any) -> Any:
     from peft import PeftConfig, PeftModel
 
-    base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
-    base = _load_transformers(str(base_name), *model_args, **{"dtype": "auto", **kwargs})
+    config = PeftConfig.from_pretrained(name)
+    _check_peft_config(config)
+    dtype = torch.float32 if getattr(config, "modules_to_save", None) else "auto"
+    base = _load_transformers(str(config.base_model_name_or_path), *model_args, **{"dtype": dtype, **kwargs})
     return PeftModel.from_pretrained(base, name, is_trainable=is_trainable)
 
 
 def _with_adapter(model: Any, peft_config: Any) -> Any:
+    _check_peft_config(getattr(model, "active_peft_config", None))
     if peft_config is None:
         return model
     from peft import get_peft_model, prepare_model_for_kbit_training

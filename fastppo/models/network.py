@@ -7,6 +7,7 @@ Nothing here knows a model by name. The head is taken apart into the numbers tha
 from __future__ import annotations
 
 import inspect
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,8 +80,19 @@ def _effective_linear(module: Any) -> tuple[Tensor, Tensor | None]:
     if not module.disable_adapters and not module.merged:
         for name in module.active_adapters:
             if name in module.lora_A:
+                _refuse_variants(module, name)
                 weight = weight + module.get_delta_weight(name).to(weight.dtype)
     return weight, getattr(base, "bias", None)
+
+
+def _refuse_variants(module: Any, adapter: str) -> None:
+    """Raise NotImplementedError for adapters of the head that do more than add B·A to its weight."""
+    has_bias = module.lora_B[adapter].bias is not None
+    if has_bias or adapter in getattr(module, "lora_variant", {}) or adapter in module.lora_magnitude_vector:
+        raise NotImplementedError(
+            "DoRA, a LoRA bias and other variants on the language-model head are not supported yet; leave the head out "
+            "of target_modules, or train it whole with modules_to_save"
+        )
 
 
 @torch.no_grad()
@@ -150,16 +162,29 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
 
 
 def weight_version(model: nn.Module) -> tuple[int, ...]:
-    """Return a fingerprint of all the weights: equal if and, but for freak coincidence, only if they are bitwise equal.
+    """Return a fingerprint of all the weights and of which adapter is on.
 
-    It reads every weight once, which takes about as long as one decoding step.
+    It is equal if and, but for freak coincidence, only if they are bitwise equal. It reads every weight twice, which
+    takes about as long as two decoding steps.
     """
-    return tuple(_checksum(parameter) for parameter in model.parameters())
+    parameters = list(model.parameters())
+    sums = [checksum.to(parameters[0].device) for checksum in map(_checksum, parameters)]
+    adapters = [(m.disable_adapters, m.active_adapters) for m in model.modules() if hasattr(m, "disable_adapters")]
+    return (zlib.crc32(repr(adapters).encode()), *torch.stack(sums).tolist())
 
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _checksum(parameter: Tensor) -> int:
+def _checksum(parameter: Tensor) -> Tensor:
+    """Sum the bits of a parameter, weighted by row and by column, so that moving rows or columns shows."""
     words = parameter.detach().contiguous().view(_WORDS[parameter.element_size()])
-    return int(words.sum(dtype=torch.int64))
+    words = words.reshape(len(words) if words.dim() else 1, -1)
+    return sum(
+        (_weighted(words.sum(axis, dtype=torch.int64)) for axis in (0, 1)), start=words.new_zeros((), dtype=torch.int64)
+    )
+
+
+def _weighted(sums: Tensor) -> Tensor:
+    # An odd multiplier (Knuth's, 2^32 / golden ratio) makes the weights differ modulo 2^64.
+    return (sums * (torch.arange(1, len(sums) + 1, device=sums.device) * 2654435761)).sum()

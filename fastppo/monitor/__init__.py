@@ -34,6 +34,7 @@ class RunFolder:
         total_steps: iterations that the run is meant to take.
         arguments: how the run was started; goes into run.json with secrets left out.
         start_step: steps already done, when a run is continued; what an older run wrote after it is cut off.
+        fresh: whether this is another run than the one whose traces the folder may hold; by default at step 0.
         console: show a line for every step.
         overwrite: delete what another run left here, its checkpoints and its best model included.
 
@@ -47,6 +48,7 @@ class RunFolder:
         total_steps: int,
         arguments: Mapping[str, Any],
         start_step: int = 0,
+        fresh: bool | None = None,
         console: bool = True,
         overwrite: bool = False,
     ):
@@ -55,7 +57,7 @@ class RunFolder:
         self._lock = _lock(self.directory)
         self._step = start_step
         try:
-            if start_step == 0:
+            if start_step == 0 if fresh is None else fresh:
                 _make_way(self.directory, overwrite)
             for name in ("metrics.jsonl", "samples.jsonl"):
                 _cut(self.directory / name, start_step)
@@ -157,7 +159,8 @@ def _make_way(directory: Path, overwrite: bool) -> None:
 def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Return the whole lines of a JSON-lines file; a crash can leave half of one at its end."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    # str.splitlines would also cut at U+2028 and U+0085, which samples hold as they are.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
         except ValueError:

@@ -34,7 +34,7 @@ def _control_kl(trainer: Any, stats: Mapping[str, Any]) -> None:
             stacklevel=5,
         )
     if not trainer.config.is_compat:
-        if kl < -1.0:
+        if not kl >= -1.0:  # nor NaN
             return
         kl = max(0.0, stats.get("objective/kl_full", kl))  # the exact KL is never below 0, and less noisy
     trainer.kl_ctl.update(kl, trainer.config.batch_size)

@@ -44,7 +44,8 @@ def evaluate(
         if exact_kl and hidden is not None:
             head = language_head(model)
             pairs = (hidden, head.weight), (ref_hidden, ref_head.weight)
-            kl[tokens] = ops.linear_kl(*pairs, **head.arguments(samples.temperature))
+            shapes = (one.arguments(samples.temperature) for one in (head, ref_head))
+            kl[tokens] = ops.linear_kl(*pairs, **next(shapes), ref_shape=next(shapes))
     return Evaluation(logprobs, ref_logprobs, values, kl if exact_kl else None, rollout is not None)
 
 

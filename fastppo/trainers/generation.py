@@ -25,13 +25,9 @@ def generate(
     is_single = isinstance(query_tensor, Tensor)
     queries = [query_tensor] if is_single else list(query_tensor)
     sampling = SamplingConfig.from_generation_kwargs(**generation_kwargs)
-    if sampling.is_truncated:
-        warnings.warn(
-            f"top_k={sampling.top_k}, top_p={sampling.top_p}: responses are drawn from a part of the distribution "
-            "that the update scores, which biases ratio and KL; use top_k=0 and top_p=1 for training",
-            stacklevel=3,
-        )
+    warn_of_truncation(sampling)
     trainer.temperature = sampling.temperature if sampling.do_sample else 1.0
+    trainer.stop_ids = trainer.end_ids if sampling.stop_ids is None else frozenset(sampling.stop_ids)
     sampler = options["length_sampler"]
     limits = [sampler() for _ in queries] if sampler is not None else None
     rollout = trainer.engine.generate(queries, sampling, max_new_tokens=limits)
@@ -42,6 +38,16 @@ def generate(
         engine = Engine(network, trainer.tokenizer, seed=trainer.config.seed)
         answers = engine.generate(queries, sampling, max_new_tokens=limits)
     return result, _as_asked(answers, is_single, options["return_prompt"])
+
+
+def warn_of_truncation(sampling: SamplingConfig) -> None:
+    """Warn if responses are drawn from another distribution than the one that is trained."""
+    if sampling.is_truncated:
+        warnings.warn(
+            f"top_k={sampling.top_k}, top_p={sampling.top_p}: responses are drawn from a part of the distribution "
+            "that the update scores, which biases ratio and KL; use top_k=0 and top_p=1 for training",
+            stacklevel=4,
+        )
 
 
 def _as_asked(rollout: Rollout, is_single: bool, return_prompt: bool) -> Any:

@@ -60,7 +60,7 @@ def measure(trainer: Any, prompts: Prompts, reward: Reward, sampling: SamplingCo
         temperature=rollout.temperature,
         device=trainer.current_device,
     )
-    size = trainer.config.mini_batch_size
+    size = trainer.config.micro_batch_size
     evaluation = evaluate(trainer.model, trainer.reference, samples, rollout, max_size=size, exact_kl=False)
     kl = ppo.sample_sums(evaluation.logprobs - evaluation.ref_logprobs, samples.offsets)
     scored = scores[~scores.isnan()]

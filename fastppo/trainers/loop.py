@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastppo.atomic import Pathlike
 from fastppo.config import SamplingConfig
@@ -16,6 +19,7 @@ from fastppo.engine.engine import context_length
 from fastppo.monitor import RunFolder
 from fastppo.rewards import Reward
 from fastppo.trainers import setup
+from fastppo.trainers.generation import warn_of_truncation
 from fastppo.trainers.held_out import Measurement, measure
 from fastppo.trainers.interrupts import Interrupts
 from fastppo.trainers.prompts import Prompts, PromptStream, as_given, decode, read_prompts, texts
@@ -69,7 +73,8 @@ class _Run:
     folder: RunFolder | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
-    best: float = float("-inf")
+    best: float = -math.inf
+    unscored: int = 0
 
 
 def train(trainer: Any, prompts: Any, reward: Any, **kwargs: Any) -> list[dict[str, Any]]:
@@ -89,10 +94,12 @@ def train(trainer: Any, prompts: Any, reward: Any, **kwargs: Any) -> list[dict[s
     generation_kwargs = {name: value for name, value in kwargs.items() if name not in names}
     run = _prepare(trainer, prompts, reward, config, generation_kwargs)
     if config.resume_from is not None:
-        extra = trainer.resume_from(config.resume_from)
-        run.stream.seek(extra["place"])
-        run.summary = extra["summary"]
-        run.best = float("-inf") if extra["best"] is None else extra["best"]
+        _resume(run, config.resume_from)
+    if trainer.current_step >= config.max_steps:
+        raise ValueError(
+            f"max_steps={config.max_steps} counts from the trainer's first step, and {trainer.current_step} are done; "
+            "raise it to go on"
+        )
     if config.output_dir is not None:
         settings = {"loop": generation_kwargs | {"max_steps": config.max_steps}, "config": trainer.config.to_dict()}
         run.folder = RunFolder(
@@ -100,6 +107,7 @@ def train(trainer: Any, prompts: Any, reward: Any, **kwargs: Any) -> list[dict[s
             total_steps=config.max_steps,
             arguments=settings if config.arguments is None else dict(config.arguments),
             start_step=trainer.current_step,
+            fresh=config.resume_from is None,
             console=config.console,
             overwrite=config.overwrite,
         )
@@ -119,34 +127,63 @@ def _prepare(trainer: Any, prompts: Any, reward: Any, config: LoopConfig, genera
     stream = PromptStream(read_prompts(prompts, trainer.engine, **options), trainer.config.seed)
     held_out = config.eval_prompts
     held_out = None if held_out is None else read_prompts(held_out, trainer.engine, **options)
+    warn_of_truncation(sampling)
+    trainer.stop_ids = trainer.end_ids if sampling.stop_ids is None else frozenset(sampling.stop_ids)
     if not trainer.has_own_schedule:
-        trainer.lr_scheduler = setup.make_scheduler(trainer.optimizer, trainer.config, config.max_steps)
+        trainer.lr_scheduler = setup.make_scheduler(
+            trainer.optimizer, trainer.config, config.max_steps, done=trainer.current_step
+        )
     trained = Reward(reward, config.reward_weights)
     measured = trained if config.eval_reward is None else Reward(config.eval_reward)
     return _Run(trainer, config, trained, stream, sampling, held_out, measured)
 
 
+def _resume(run: _Run, directory: Pathlike) -> None:
+    extra = run.trainer.resume_from(directory)
+    then, now = extra.get("num_prompts"), len(run.stream.prompts)
+    if then != now:
+        raise ValueError(f"{directory} was written by a run with {then} prompts, and now there are {now}; use the same")
+    run.stream.seek(extra["place"])
+    run.summary = extra["summary"]
+    run.best = -math.inf if extra["best"] is None else extra["best"]
+
+
+def _save_checkpoint(run: _Run) -> None:
+    assert run.config.output_dir is not None
+    run.trainer.save_checkpoint(
+        Path(run.config.output_dir) / f"checkpoint-{run.trainer.current_step:06d}",
+        num_prompts=len(run.stream.prompts),
+        place=run.stream.place,
+        best=run.best if run.best > -math.inf else None,
+        summary=run.summary,
+    )
+
+
 def _go(run: _Run) -> None:
     interrupts, start = Interrupts(), time.perf_counter()
-    try:
-        with interrupts.handled():
+    with interrupts.handled():
+        try:
             if run.eval_prompts is not None and run.trainer.current_step == 0:
                 run.summary |= _measured(run, "before").summary("before")
             while run.trainer.current_step < run.config.max_steps:
                 _iterate(run, interrupts)
             if run.eval_prompts is not None:
                 run.summary |= _measured(run, "after").summary("after")
-    except BaseException as error:
-        run.summary["stopped_by"] = type(error).__name__
-        _finish(run, start)
-        raise
-    _finish(run, start)
+        except BaseException as error:
+            run.summary["stopped_by"] = type(error).__name__
+            with interrupts.deferred():
+                _finish(run, start)
+                if isinstance(error, KeyboardInterrupt) and run.folder is not None and run.trainer.current_step:
+                    _save_checkpoint(run)  # so that the run can be continued
+            raise
+        with interrupts.deferred():
+            _finish(run, start)
 
 
 def _iterate(run: _Run, interrupts: Interrupts) -> None:
     """One iteration: prompts, responses, scores, update, notes."""
     trainer, times = run.trainer, {}
-    place = run.stream.place
+    place, served = run.stream.place, trainer.engine.num_requests
     try:
         prompts = run.stream.take(trainer.config.batch_size)
         start = time.perf_counter()
@@ -155,12 +192,35 @@ def _iterate(run: _Run, interrupts: Interrupts) -> None:
         completions = decode(trainer.tokenizer, rollout)
         scores = run.reward(as_given(prompts, trainer.tokenizer), completions, prompts.columns)
         times["time/score"] = time.perf_counter() - start - times["time/generate"]
+        if _has_no_score(run, scores):
+            return
     except BaseException:
-        run.stream.seek(place)  # what was not trained on is served again
+        # What was not trained on is served and drawn again, as if nothing had happened.
+        run.stream.seek(place)
+        trainer.engine.num_requests = served
         raise
     with interrupts.deferred():
         stats = trainer.step(prompts.ids, rollout, scores)
-        _note(run, prompts, completions, scores, stats | times | _throughput(rollout, times))
+        _note(run, prompts, completions, scores, stats | times | _throughput(rollout, times) | _raw(scores))
+
+
+def _has_no_score(run: _Run, scores: Tensor) -> bool:
+    """Whether a whole batch has no score, so that there is nothing to learn; raise if that goes on."""
+    if not bool(scores.isnan().all()):
+        run.unscored = 0
+        return False
+    run.unscored += 1
+    if run.unscored >= run.trainer.config.max_skipped_steps:
+        raise ValueError(f"{run.unscored} batches in a row have no score: the reward gives only None or NaN; mend it")
+    warnings.warn(f"no response of a batch of {len(scores)} has a score; going on to the next prompts", stacklevel=2)
+    return True
+
+
+def _raw(scores: Tensor) -> dict[str, float]:
+    """Return the reward as it came, before scaling, clipping and penalties."""
+    known = scores[~scores.isnan()]
+    std = float(known.std()) if len(known) > 1 else 0.0
+    return {"env/reward_mean": float(known.mean()), "env/reward_std": std}
 
 
 def _throughput(rollout: Any, times: Mapping[str, float]) -> dict[str, float]:
@@ -189,14 +249,8 @@ def _note(run: _Run, prompts: Prompts, completions: list[Any], scores: Any, stat
         rows = zip(texts(trainer.tokenizer, prompts), completions, scores.tolist(), strict=True)
         shown = [{"query": q, "completion": c, "reward": r, "step": step} for q, c, r in rows]
         run.folder.step(stats, shown[:_SAMPLES_PER_STEP])
-    if run.config.save_every and step % run.config.save_every == 0 and run.config.output_dir is not None:
-        best = run.best if run.best > float("-inf") else None
-        trainer.save_checkpoint(
-            Path(run.config.output_dir) / f"checkpoint-{step:06d}",
-            place=run.stream.place,
-            best=best,
-            summary=run.summary,
-        )
+    if run.config.save_every and step % run.config.save_every == 0 and run.folder is not None:
+        _save_checkpoint(run)
     if run.config.on_step is not None:
         run.config.on_step(stats)
 

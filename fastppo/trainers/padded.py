@@ -44,7 +44,16 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
 def compute_rewards(
     scores: Any, logprobs: Tensor, ref_logprobs: Tensor, masks: Tensor, kl_coef: float, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return TRL's (rewards, non_score_rewards, kls), (B, L - 1) each, from padded log-probs and masks."""
+    """Return TRL's (rewards, non_score_rewards, kls), (B, L - 1) each, from padded log-probs and masks.
+
+    For kind "full" the log-probs are distributions, (B, L - 1, V). Raises ValueError for those of sampled tokens alone,
+    and for a row without a token to put the score on.
+    """
+    if kind == "full" and logprobs.dim() == 2:
+        raise ValueError(
+            f"log-probs of shape {tuple(logprobs.shape)} are those of the sampled tokens, but kl_penalty='full' needs "
+            "(B, L - 1, V); choose kl_penalty='kl' when compute_rewards is overridden"
+        )
     kls = kl_penalty(logprobs, ref_logprobs, kind)
     non_score = -kl_coef * kls
     rewards = non_score.clone()

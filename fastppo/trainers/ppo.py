@@ -84,7 +84,8 @@ class PPOTrainer:
             self.model.gradient_checkpointing_enable()
         self.engine = Engine(self.model, self.tokenizer, seed=self.config.seed)
         self.end_ids = end_ids(causal_lm(model), self.tokenizer)
-        self.temperature = 1.0  # of the last generate call: that of plain lists of responses
+        # Those of the last generate call hold for plain lists of responses.
+        self.temperature, self.stop_ids = 1.0, self.end_ids
 
     # --- generation -------------------------------------------------------------------------------------------
 
@@ -173,7 +174,7 @@ class PPOTrainer:
             masks,
             vocabulary=len(language_head(self.model).weight),
             context=context_length(self.model),
-            end_ids=self.end_ids,
+            end_ids=self.stop_ids,
             temperature=1.0 if self.config.is_compat else temperature,
             device=self.current_device,
         )
@@ -191,7 +192,7 @@ class PPOTrainer:
 
     def _evaluate(self, samples: Samples, rollout: Rollout | None) -> Evaluation:
         exact = self.config.kl_penalty == "full"
-        size = self.config.mini_batch_size
+        size = self.config.micro_batch_size
         return evaluate(self.model, self.reference, samples, rollout, max_size=size, exact_kl=exact)
 
     def _process(self, scores: Tensor, samples: Samples) -> Tensor:
@@ -218,7 +219,7 @@ class PPOTrainer:
         return advantages[mask], returns[mask]
 
     def _overrides(self, name: str) -> bool:
-        return getattr(type(self), name) is not getattr(PPOTrainer, name)
+        return name in vars(self) or getattr(type(self), name) is not getattr(PPOTrainer, name)
 
     # --- TRL's methods on padded tensors ----------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from fastppo.rewards import is_listed
 from fastppo.trainers.setup import EpochSampler
 
 _PROMPT_COLUMNS = ("prompt", "query", "text")
+_REWARD_ARGUMENTS = ("prompts", "completions")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,14 @@ def _split_columns(data: Any, column: str | None) -> tuple[list[Any], dict[str, 
         wanted = repr(column) if column is not None else f"one of {', '.join(_PROMPT_COLUMNS)}"
         raise ValueError(f"the data has the columns {sorted(table)}, but {wanted} is needed for the prompts")
     prompts = table.pop(found[0])
-    return prompts, {name: values for name, values in table.items() if name != "completions"}
+    taken = [name for name in _REWARD_ARGUMENTS if name in table]
+    if taken:
+        warnings.warn(
+            f"the data's columns {taken} are not handed to the reward, which gets the run's own prompts and completions "
+            "under these names; rename them, or choose the prompts with query_column",
+            stacklevel=4,
+        )
+    return prompts, {name: values for name, values in table.items() if name not in taken}
 
 
 def _fit(prompts: Prompts, room: int, overlong: str) -> Prompts:

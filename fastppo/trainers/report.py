@@ -124,13 +124,18 @@ def log(
     batch: Mapping[str, Any],
     rewards: Any,
     columns: Sequence[str],
+    step: int | None = None,
 ) -> None:
-    """Send a step's statistics to the tracker, under the step number that the tracker counts itself."""
+    """Send a step's statistics to the tracker under the number `step`, by default that of the calls so far.
+
+    wandb counts by itself, also over a resumed run, and drops what comes under a number below its own.
+    Raises ValueError if the batch lacks one of the columns.
+    """
     if not accelerator.is_main_process or not accelerator.trackers:
         return
     logs = for_tracker(stats, batch, rewards)
     if config.log_with != "wandb":
-        accelerator.log(scalars(logs), step=_next_step(accelerator))
+        accelerator.log(scalars(logs), step=_next_step(accelerator) if step is None else step)
         return
     missing = [name for name in columns if name not in batch]
     if missing:
@@ -139,7 +144,8 @@ def log(
         )
     import wandb
 
-    rows = zip(*(batch[name] for name in columns), [float(reward) for reward in rewards], strict=True)
+    shown = [None if reward is None else float(reward) for reward in rewards]
+    rows = zip(*(batch[name] for name in columns), shown, strict=True)
     logs["game_log"] = wandb.Table(columns=[*columns, "reward"], rows=[list(row) for row in rows])
     accelerator.log(logs)
 

@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, EvalPrediction, TrainingArguments
 
+from fastppo.engine.engine import context_length
+from fastppo.rewards import ENDS_WITH_EOS
+from fastppo.rewards import text_ids as text_ids
 from fastppo.trainers.supervised import SupervisedTrainer, add_adapter, choose_tokenizer, pin_memory_if_useful
 
 Pair = dict[str, Any]
@@ -40,7 +43,7 @@ class RewardTrainer(SupervisedTrainer):
 
     L = -mean log σ(r(chosen) - r(rejected) - margin) + c · mean (r(chosen) + r(rejected))²
 
-    `model` has `num_labels=1`; EOS ends every text that is not cut at `max_length`. `evaluate` reports `eval_accuracy`,
+    `model` has `num_labels=1`; EOS ends every text that is not cut at `max_length` or the model's context. `evaluate` reports `eval_accuracy`,
     in which a tie is no success, and `eval_margin`, the mean difference.
     Source: Ouyang et al. 2022 (arXiv:2203.02155), equation 1; Touvron et al. 2023 (arXiv:2307.09288) for the margin.
     Raises ValueError for a model with more than one output or rows without the two columns.
@@ -70,12 +73,14 @@ class RewardTrainer(SupervisedTrainer):
         tokenizer = choose_tokenizer(model, tokenizer, processing_class)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = _pad_id(tokenizer)
+        setattr(model.config, ENDS_WITH_EOS, True)  # for whoever scores with the trained model
+        length = min(args.max_length, context_length(model) or args.max_length)
         super().__init__(
             model=add_adapter(model, peft_config),
             args=args,
             data_collator=data_collator or PairPadding(_pad_id(tokenizer)),
-            train_dataset=None if train_dataset is None else encode_pairs(train_dataset, tokenizer, args.max_length),
-            eval_dataset=None if eval_dataset is None else encode_pairs(eval_dataset, tokenizer, args.max_length),
+            train_dataset=None if train_dataset is None else encode_pairs(train_dataset, tokenizer, length),
+            eval_dataset=None if eval_dataset is None else encode_pairs(eval_dataset, tokenizer, length),
             processing_class=tokenizer,
             compute_metrics=compute_metrics or pair_metrics,
             **trainer_arguments,
@@ -130,13 +135,6 @@ def _encode_pair(row: Mapping[str, Any], tokenizer: Any, max_length: int) -> Pai
     if row.get("margin") is not None:
         pair["margin"] = float(row["margin"])
     return pair
-
-
-def text_ids(text: str, tokenizer: Any) -> list[int]:
-    """Tokenise a finished text as reward models see it here: ended by EOS where the tokenizer has one."""
-    ids: list[int] = tokenizer(text)["input_ids"]
-    eos_id = tokenizer.eos_token_id
-    return ids if eos_id is None or ids[-1:] == [eos_id] else [*ids, eos_id]
 
 
 def _pad_id(tokenizer: Any) -> int:

@@ -30,7 +30,8 @@ def check_samples(
     """Return the samples that take part in the update, on `device`.
 
     Left out, with a warning that counts them: responses without a score, empty ones, and those whose mask is all
-    zero. Raises ValueError for anything that cannot be meant, and if nothing is left.
+    zero. A `Rollout` knows which of its responses ended by themselves; in any other list it is those that end in one of
+    `end_ids`. Raises ValueError for anything that cannot be meant, and if nothing is left.
     """
     if len(queries) != len(responses):
         raise ValueError(f"got {len(queries)} queries and {len(responses)} responses; give one response per query")
@@ -49,9 +50,15 @@ def check_samples(
         positions=torch.cat(positions),
         offsets=offsets_of([len(p) for p in positions]),
         labels=torch.cat([response[p.to(device)] for response, p in zip(kept, positions, strict=True)]),
-        ended=torch.tensor([int(response[-1]) in end_ids for response in kept]),
+        ended=_ended(responses, rows, end_ids),
         temperature=temperature,
     )
+
+
+def _ended(responses: Sequence[Tensor] | Rollout, rows: Sequence[int], end_ids: Collection[int]) -> Tensor:
+    if isinstance(responses, Rollout):  # stop strings and a call's own stop ids leave no mark on the last token
+        return responses.finished[list(rows)].cpu()
+    return torch.tensor([int(responses[i][-1]) in end_ids for i in rows])
 
 
 def _check_masks(responses: Any, masks: Any) -> list[Tensor]:

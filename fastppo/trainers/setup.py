@@ -23,6 +23,7 @@ _TRL_STAGES = (
     "loss",
     "record_step_stats",
     "gather_stats",
+    "prepare_dataloader",
     "prepare_model_inputs",
     "_kl_penalty",
     "_early_stop",
@@ -73,12 +74,13 @@ def make_accelerator(config: PPOConfig) -> Any:
         raise RuntimeError(
             f"fastppo runs in one process for now, got WORLD_SIZE={os.environ['WORLD_SIZE']}; start it with python"
         )
+    options = dict(config.accelerator_kwargs)
+    if torch.backends.mps.is_available():  # the random numbers are fp64, which Apple's GPUs do not have
+        options.setdefault("cpu", True)
     project = dict(config.project_kwargs)
     if config.log_with == "tensorboard":
         project.setdefault("logging_dir", "logs")
-    accelerator = Accelerator(
-        log_with=config.log_with, project_config=ProjectConfiguration(**project), **config.accelerator_kwargs
-    )
+    accelerator = Accelerator(log_with=config.log_with, project_config=ProjectConfiguration(**project), **options)
     if accelerator.mixed_precision != "no":
         warnings.warn(
             f"mixed_precision={accelerator.mixed_precision!r} is not applied; load the model with dtype=torch.bfloat16 "
@@ -100,8 +102,13 @@ def make_optimizer(model: torch.nn.Module, config: PPOConfig) -> torch.optim.Opt
     return torch.optim.Adam(parameters, lr=config.learning_rate, fused=fused)
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, config: PPOConfig, iterations: int | None = None) -> Any:
-    """Return the schedule that the settings name, one step per iteration, over `iterations` or TRL's `steps`."""
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, config: PPOConfig, iterations: int | None = None, done: int = 0
+) -> Any:
+    """Return the schedule that the settings name, one step per iteration, over `iterations` or TRL's `steps`.
+
+    `done` iterations of it are over already.
+    """
     if config.lr_scheduler_type == "constant" and config.warmup_steps == 0:
         return None
     from transformers import get_scheduler
@@ -110,7 +117,12 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: PPOConfig, iteratio
     if name == "constant":
         name = "constant_with_warmup"
     total = iterations or math.ceil(config.steps / config.batch_size)
-    return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total)
+    for group in optimizer.param_groups:
+        group["lr"] = group.get("initial_lr", group["lr"])
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total)
+    for _ in range(done):
+        schedule.step()
+    return schedule
 
 
 class EpochSampler(Sampler[int]):
@@ -145,5 +157,11 @@ def make_dataloader(dataset: Any, collator: Any, config: PPOConfig, model: Any) 
     if hasattr(dataset, "column_names") and config.remove_unused_columns:
         known = set(inspect.signature(model.forward).parameters) | {"label", "query", "response"}
         dataset = dataset.remove_columns([name for name in dataset.column_names if name not in known])
+    if len(dataset) < config.batch_size:
+        warnings.warn(
+            f"the dataset has {len(dataset)} rows, fewer than batch_size={config.batch_size}: the dataloader is empty; "
+            "lower batch_size or add rows",
+            stacklevel=3,
+        )
     sampler = EpochSampler(len(dataset), config.seed, config.batch_size)
     return DataLoader(dataset, batch_size=config.batch_size, sampler=sampler, collate_fn=collator, drop_last=True)

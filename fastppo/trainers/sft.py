@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from fastppo.engine.engine import context_length
 from fastppo.trainers.supervised import SupervisedTrainer, add_adapter, choose_tokenizer, pin_memory_if_useful
 
 IGNORED = -100  # what torch's cross-entropy skips
@@ -25,7 +26,7 @@ class SFTConfig(TrainingArguments):
     """Configure supervised fine-tuning: transformers' TrainingArguments and the fields below."""
 
     dataset_text_field: str = field(default="text", metadata={"help": "column with the text to learn"})
-    max_seq_length: int | None = field(default=None, metadata={"help": "tokens; None: the tokenizer's, at most 1024"})
+    max_seq_length: int | None = field(default=None, metadata={"help": "tokens; None: tokenizer's or model's, at most 1024"})
     packing: bool = field(default=False, metadata={"help": "fill rows with several documents, blind to each other"})
 
     def __post_init__(self) -> None:
@@ -34,7 +35,7 @@ class SFTConfig(TrainingArguments):
 
 
 class SFTTrainer(SupervisedTrainer):
-    """Fine-tune a causal language model on texts, each ended by EOS.
+    """Fine-tune a causal language model on texts, each ended by EOS where the tokenizer has one.
 
     A dataset is a `datasets.Dataset` or any sequence of dicts with a text column, with `prompt` and `completion` (only
     the completion is learned), or with ready `input_ids` and optional `labels`; `formatting_func(row) -> str` makes the
@@ -65,7 +66,7 @@ class SFTTrainer(SupervisedTrainer):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         tokenizer = choose_tokenizer(model, tokenizer, processing_class)
         text_field = args.dataset_text_field if dataset_text_field is None else dataset_text_field
-        length = max_seq_length or args.max_seq_length or min(tokenizer.model_max_length, _LONGEST_BY_DEFAULT)
+        length = max_seq_length or args.max_seq_length or _default_length(model, tokenizer)
         packed = args.packing if packing is None else packing
         if packed and args.use_cache:
             # With a cache transformers takes a packed row for one document.
@@ -80,6 +81,11 @@ class SFTTrainer(SupervisedTrainer):
             processing_class=tokenizer,
             **trainer_arguments,
         )
+
+
+def _default_length(model: Any, tokenizer: Any) -> int:
+    """Return the tokens of a row that tokenizer and model both have room for."""
+    return min(tokenizer.model_max_length, context_length(model) or _LONGEST_BY_DEFAULT, _LONGEST_BY_DEFAULT)
 
 
 def _prepare(
@@ -131,11 +137,13 @@ def _encode_row(
     else:
         prompt, text = _prompt_and_text(row, text_field, formatting_func)
         ids, labels = _tokenise(prompt, text, tokenizer)
-        if ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
+        end = tokenizer.eos_token_id
+        if end is not None and ids[-1:] != [end]:
+            ids.append(end)
             labels.append(IGNORED)
-        # By position, never by value: a real EOS is learned also where pad and EOS are the same token.
-        labels[-1] = ids[-1]
+        if end is not None:
+            # By position, never by value: a real EOS is learned also where pad and EOS are the same token.
+            labels[-1] = end
     # Nothing precedes the first token, and in a packed row the token before it belongs to another document.
     return {"input_ids": ids, "labels": [IGNORED, *labels[1:]]}
 

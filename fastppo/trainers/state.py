@@ -14,7 +14,7 @@ from fastppo.models.network import weight_version
 
 _MOMENTS = ("mean", "std", "var", "count")
 # Settings that decide what the next step computes: a run that changes them is another run.
-_FIXED = ("seed", "batch_size", "kl_penalty", "compat")
+_FIXED = ("seed", "batch_size", "learning_rate", "kl_penalty", "compat")
 
 
 def save_pretrained(trainer: Any, directory: Pathlike, **kwargs: Any) -> None:
@@ -82,8 +82,8 @@ def _check(trainer: Any, state: dict[str, Any]) -> None:
 
 def _reference_version(trainer: Any) -> list[int]:
     """Fingerprint of the reference: its own model, or the frozen part of the policy with the adapter off."""
-    if trainer.ref_model is not None:
-        return list(weight_version(trainer.ref_model))
+    if trainer.ref_model is not None:  # its value head is never used, and starts at random
+        return list(weight_version(getattr(trainer.ref_model, "pretrained_model", trainer.ref_model)))
     frozen = [parameter for parameter in trainer.model.parameters() if not parameter.requires_grad]
     return list(weight_version(torch.nn.ParameterList(frozen)))
 

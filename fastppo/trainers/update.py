@@ -48,7 +48,7 @@ def minibatches(samples: Samples, config: PPOConfig, step: int, epoch: int) -> I
     """
     generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 1_009 + epoch)
     order = torch.randperm(len(samples), generator=generator).tolist()
-    size = config.mini_batch_size * config.gradient_accumulation_steps
+    size = config.micro_batch_size * config.gradient_accumulation_steps
     number = math.ceil(len(order) / size)
     if config.is_compat:
         steps = [order[i * size : (i + 1) * size] for i in range(number)]
@@ -61,7 +61,7 @@ def minibatches(samples: Samples, config: PPOConfig, step: int, epoch: int) -> I
 
 def _minibatch(samples: Samples, rows: list[int], config: PPOConfig, is_first: bool) -> Minibatch:
     """Group a step's samples into forwards; TRL averages the means of its micro-batches instead of over all tokens."""
-    size = config.mini_batch_size
+    size = config.micro_batch_size
     micro = [rows[i : i + size] for i in range(0, len(rows), size)] if config.is_compat else [rows]
     weights = torch.zeros(len(samples.labels))
     groups: list[tuple[int, ...]] = []
@@ -76,6 +76,7 @@ def train_minibatch(
     model: Any, optimizer: Any, experience: Experience, minibatch: Minibatch, config: PPOConfig
 ) -> LossTerms:
     """Accumulate the gradients of one minibatch, group by group, and take the optimiser step if it is sound."""
+    optimizer.zero_grad(set_to_none=True)  # whatever an interrupted step left behind
     logprobs, entropies, values = torch.full((3, len(minibatch.weights)), torch.nan).to(minibatch.weights).unbind()
     for group in minibatch.groups:
         tokens = experience.samples.take(group).to(minibatch.weights.device)
@@ -128,7 +129,7 @@ def _statistics(
     stats["loss/total"] = stats["loss/policy"] + config.vf_coef * stats["loss/value"]
     if config.entropy_coef:
         stats["loss/total"] = stats["loss/total"] - config.entropy_coef * (entropies * weights).sum()
-    if minibatch.is_first:
+    if minibatch.is_first:  # the only ones whose records can be compared: later steps have other weights
         stats["policy/logprob_gap_max"] = (logprobs - recorded).abs().max()
     stats["policy/ratio_mean"] = ratio.mean()
     return stats, ratio
