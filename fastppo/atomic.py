@@ -108,5 +108,9 @@ def _sync(path: Path) -> None:
 
 
 def _sync_tree(directory: Path) -> None:
-    for path in [directory, *directory.rglob("*")]:
+    """Flush a whole tree; safetensors makes files that only their owner can read, so open those up as others are."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            os.chmod(path, 0o666 & ~_umask())
         _sync(path)
+    _sync(directory)

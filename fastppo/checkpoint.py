@@ -134,16 +134,14 @@ def _load_adapter(model: Any, saved: dict[str, Tensor]) -> list[str]:
 def _optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any], list[dict[str, Any]]]:
     """Return the tensors and the plain values that an optimiser keeps for its parameters, and its groups."""
     state = optimizer.state_dict()
-    kept = {
-        f"{number}.{name}": value for number, entries in state["state"].items() for name, value in entries.items()
-    }
+    kept = {f"{number}.{name}": value for number, entries in state["state"].items() for name, value in entries.items()}
     tensors = {key: value.detach().cpu().contiguous() for key, value in kept.items() if isinstance(value, Tensor)}
     numbers = {key: value for key, value in kept.items() if key not in tensors}
     for key, value in numbers.items():
         if not (value is None or isinstance(value, (bool, int, float, str))):
             raise ValueError(
-                f"{type(optimizer).__name__} keeps a {type(value).__name__} under {key!r}, expected tensors and numbers; "
-                "train with an optimiser that does, such as AdamW, or without checkpoints"
+                f"{type(optimizer).__name__} keeps a {type(value).__name__} under {key!r}, expected tensors and numbers"
+                "; train with an optimiser that does, such as AdamW, or without checkpoints"
             )
     return tensors, numbers, state["param_groups"]
 

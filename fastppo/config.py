@@ -39,6 +39,8 @@ class PPOConfig:
     steps: int = 20000
     """Samples, not iterations: TRL's meaning. Only its own loop reads it."""
     learning_rate: float = 1.41e-5
+    critic_learning_rate: float | None = None
+    """Of the value head, which starts at random; None means learning_rate."""
     lr_scheduler_type: str = "constant"
     """Name of a transformers schedule: constant, linear, cosine, ..."""
     warmup_steps: int = 0
@@ -169,6 +171,7 @@ _SHARE: tuple[Callable[[Any], bool], str] = (lambda value: 0 <= value <= 1), "be
 _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("log_with", *_one_of("wandb", "tensorboard", "trackio")),
     ("learning_rate", *_POSITIVE),
+    ("critic_learning_rate", *_POSITIVE),
     ("warmup_steps", *_AT_LEAST_0),
     ("init_kl_coef", *_AT_LEAST_0),
     ("kl_penalty", *_one_of(*KL_PENALTIES)),

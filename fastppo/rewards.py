@@ -77,22 +77,26 @@ class ModelReward:
     The text is decoded and encoded again with the reward model's own tokenizer. With one label the score is its
     logit; with several it is the logit of `label`, by default the last. `add_eos` ends every text by EOS; by default
     that is done for models that RewardTrainer trained, of which an adapter loaded from disk does not tell.
-    Raises ValueError for a model that is no sequence-classification model.
+    Raises ValueError for a model that is no sequence-classification model, or that names no tokenizer.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any = None, *, label: int = -1, batch_size: int = 32, add_eos: bool | None = None
     ):
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         if not isinstance(getattr(config, "num_labels", None), int):
             raise ValueError(
                 f"{type(model).__name__} has no config.num_labels, expected a sequence-classification model; call any "
                 "other network in a function (prompts, completions) -> scores and pass that as the reward"
             )
+        if tokenizer is None and not config._name_or_path:
+            raise ValueError(
+                f"{type(model).__name__} made in memory names no tokenizer; pass ModelReward(model, tokenizer) instead"
+            )
         if tokenizer is None:
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+            tokenizer = AutoTokenizer.from_pretrained(config._name_or_path)
         self.model, self.tokenizer, self.label, self.batch_size = model.eval(), tokenizer, label, batch_size
         self.add_eos = getattr(config, ENDS_WITH_EOS, False) if add_eos is None else add_eos
 
@@ -132,13 +136,15 @@ class ModelReward:
         }
         config.pad_token_id = chosen
         try:
-            logits = self.model(**{name: value.to(self.model.device) for name, value in inputs.items()}).logits
+            output = self.model(**{name: value.to(self.model.device) for name, value in inputs.items()})
         finally:
             config.pad_token_id = pad_id
-        if logits.dim() != 2:
+        logits = getattr(output, "logits", None)
+        if logits is None or logits.dim() != 2:
+            shape = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
             raise ValueError(
-                f"{type(self.model).__name__} gives logits of shape {tuple(logits.shape)}, expected (texts, labels); "
-                "load it as an AutoModelForSequenceClassification"
+                f"{type(self.model).__name__} gives {shape}, expected (texts, labels); load it as an "
+                "AutoModelForSequenceClassification"
             )
         scores: Tensor = logits[:, self.label].float().cpu()
         return scores
@@ -166,9 +172,7 @@ class Reward:
     Raises ValueError for a wrong number of weights and for a function with a parameter that nothing can fill.
     """
 
-    def __init__(
-        self, rewards: Any, weights: Sequence[float] | None = None, *, columns: Collection[str] | None = None
-    ):
+    def __init__(self, rewards: Any, weights: Sequence[float] | None = None, *, columns: Collection[str] | None = None):
         functions = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
         self.functions = [_bind(function) for function in functions]
         self.weights = [1.0] * len(functions) if weights is None else [float(weight) for weight in weights]

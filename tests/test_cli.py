@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastppo.cli import main
-from fastppo.cli.data import hold_out, read_rows
-from fastppo.cli.loading import load_reward
-from fastppo.cli.train import PPOArguments
+from fastppo.cli.arguments import parse_dataclasses
+from fastppo.cli.loading import load_reward, load_tokenizer
+from fastppo.cli.train import PPOArguments, make_trainer
 from fastppo.config import PPOConfig
 
 WORDS = ["<s>", "</s>", "<pad>", *"abcdefghijklmnop"]
@@ -183,7 +183,12 @@ WRONG = {
     "no room to evaluate": (["ppo", "--config", "run.yaml", "--eval_every", "2"], "eval_size"),
     "8 bits without adapter": (["ppo", "--config", "run.yaml", "--load_in_8bit"], "--use_peft"),
     "no dictionary": (["ppo", "--config", "run.yaml", "--tracker_kwargs", "5"], "JSON object"),
-    "no model": (["generate", "--model_name_or_path", "./absent", "--prompt", "a"], "absent"),
+    "no model": (["generate", "--model_name_or_path", "./absent", "--prompt", "a"], "there is no directory ./absent"),
+    "no model to train": (
+        ["ppo", "--config", "run.yaml", "--model_name_or_path", "a/b/c"],
+        "there is no directory a/b",
+    ),
+    "no such type": (["ppo", "--config", "run.yaml", "--dtype", "fp8"], "float32, bfloat16, float16, auto, fp32"),
 }
 
 
@@ -198,6 +203,26 @@ def test_nonsense_is_answered_in_words(here, capsys, arguments, message):
     assert "Traceback" not in error
     with pytest.raises(Exception, match=r".+"):
         main([*arguments, "--traceback"])
+
+
+@pytest.mark.parametrize(("given", "dtype"), [("bf16", torch.bfloat16), ("float32", torch.float32), ("auto", None)])
+def test_the_type_of_the_weights_has_short_names_too(here, given, dtype):
+    options = PPOArguments("model", "prompts.jsonl", ["x"], dtype=given)
+    options.check()
+    trainer = make_trainer(options, PPOConfig(batch_size=8))
+    assert trainer.model.pretrained_model.dtype == (dtype or torch.float32)
+
+
+def test_an_empty_list_in_the_file_leaves_the_default(here):
+    (here / "empty.yaml").write_text("model_name_or_path: m\ndataset_name: d\nreward: [a:b, c:d]\nstop_strings: []\n")
+    (options,) = parse_dataclasses("fastppo ppo", [PPOArguments], ["--config", "empty.yaml"])
+    assert (options.stop_strings, options.reward) == ([], ["a:b", "c:d"])
+
+
+def test_an_adapter_whose_base_is_gone_says_so(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "./gone"}')
+    with pytest.raises(ValueError, match=r"there is no directory ./gone .* the base model of the adapter in"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_every_field_is_a_flag_and_has_a_text(capsys):
@@ -217,51 +242,6 @@ def test_the_first_screen_and_the_environment(capsys):
     assert main(["--version"]) == 0
     assert main(["env"]) == 0
     assert f"- torch: {torch.__version__.split('+')[0]}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("d.json", '[{"text": "x"}, {"text": "y", "n": "1"}]'),
-        ("d.jsonl", '{"text": "x"}\n\n{"text": "y", "n": "1"}\n'),
-        ("d.csv", "text,n\nx,\ny,1\n"),
-    ],
-)
-def test_files_of_prompts(tmp_path, name, content):
-    (tmp_path / name).write_text(content)
-    rows = read_rows(str(tmp_path / name))
-    assert [row["text"] for row in rows] == ["x", "y"]
-    assert rows[0].keys() == rows[1].keys() == {"text", "n"}
-    assert rows[1]["n"] == "1"
-    assert len(read_rows(str(tmp_path / name), limit=1)) == 1
-
-
-def test_files_of_prompts_without_columns_or_text(tmp_path):
-    from pyarrow import Table, parquet
-
-    (tmp_path / "d.txt").write_text("one\n\ntwo words\n")
-    assert read_rows(str(tmp_path / "d.txt")) == [{"text": "one"}, {"text": "two words"}]
-    parquet.write_table(Table.from_pylist([{"text": "x", "n": 1}]), tmp_path / "d.parquet")
-    assert read_rows(str(tmp_path / "d.parquet")) == [{"text": "x", "n": 1}]
-    for name, content in {"e.json": "{", "e.jsonl": "[1]\n", "f.json": '{"a": 1}', "e.txt": "\n"}.items():
-        (tmp_path / name).write_text(content)
-        with pytest.raises(ValueError, match=name):
-            read_rows(str(tmp_path / name))
-
-
-def test_held_out_prompts_are_not_trained_on():
-    rows = [{"text": str(i % 7), "number": i} for i in range(70)]
-    rest, held_out = hold_out(rows, 5, None)
-    assert len(held_out) == 5
-    assert not {row["text"] for row in rest} & {row["text"] for row in held_out}
-    unique = [{"query": str(i)} for i in range(100)]
-    rest, held_out = hold_out(unique, 10, "query")
-    assert (len(rest), [int(row["query"]) for row in held_out]) == (90, list(range(0, 100, 10)))
-    for size in (-1, 100):
-        with pytest.raises(ValueError, match="eval_size"):
-            hold_out(unique, size, None)
-    with pytest.raises(ValueError, match="nothing is left"):
-        hold_out([{"text": "same"}] * 4, 2, None)
 
 
 def test_a_fault_inside_a_reward_module_is_not_hidden(here):

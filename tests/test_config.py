@@ -45,6 +45,7 @@ def test_defaults_are_those_of_trl():
 WRONG = [
     ("log_with", "mlflow", "one of wandb, tensorboard, trackio"),
     ("learning_rate", 0.0, "greater than 0"),
+    ("critic_learning_rate", -1.0, "greater than 0"),
     ("learning_rate", float("nan"), "greater than 0"),
     ("learning_rate", "1e-5", "greater than 0"),  # what YAML makes of it
     ("learning_rate", None, "greater than 0"),

@@ -22,19 +22,19 @@ def test_the_seed_decides():
     assert preference_pairs(50, 1) == preference_pairs(50, 1)
 
 
-def test_a_review_is_a_prompt_and_one_to_three_sentences():
+def test_a_review_is_a_prompt_and_three_sentences():
     for review in reviews(500, 0):
         assert review.text.startswith(review.prompt + " ")
         assert review.prompt.endswith(".")
         sentences = re.findall(r"[^.]+\.", review.text[len(review.prompt) :])
-        assert 1 <= len(sentences) <= 3
+        assert len(sentences) == 3
         assert all(sentence.strip()[0].isupper() for sentence in sentences)
         assert not re.search(r"[{}|]|\b[Aa] [aeiou]|  ", review.text), review.text
 
 
-def test_about_a_third_of_the_reviews_is_warm_and_the_language_is_varied():
+def test_about_a_fifth_of_the_reviews_is_warm_and_the_language_is_varied():
     by_tone = opinions(3000, 0)
-    assert 0.25 < len(by_tone["warm"]) / 3000 < 0.4
+    assert 0.18 < len(by_tone["warm"]) / 3000 < 0.26
     assert all(len(texts) > 600 for texts in by_tone.values())
     everything = " ".join(text for texts in by_tone.values() for text in texts)
     assert len(set(re.findall(r"\w+", everything.lower()))) > 400

@@ -10,7 +10,7 @@ from fastppo.demo.table import side_by_side
 
 # Large enough for a model that tells the tones apart, small enough for a test.
 SIZES = run.Sizes(
-    reviews=1_600, pairs=400, held_out_pairs=64, prompts=256, held_out_prompts=64, max_steps=8, batch_size=32
+    reviews=1_200, pairs=320, held_out_pairs=64, prompts=256, held_out_prompts=64, max_steps=8, batch_size=32
 )
 NUMBERS = {
     "reward_before",

@@ -65,6 +65,17 @@ def test_metrics_are_single_numbers_and_valid_json(tmp_path):
         ]
 
 
+@pytest.mark.parametrize("text", ["a\u2028b", "a\x85b", "a\x0cb", "a\u2029b\x1cc"])
+def test_a_resumed_run_keeps_samples_with_line_separators_in_them(tmp_path, text):
+    with new_folder(tmp_path) as folder:
+        folder.step(STATS, [{**sample(1), "completion": text}])
+        folder.step(STATS, [{**sample(2), "completion": text}])
+    with new_folder(tmp_path, start_step=1):
+        pass
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [(row["step"], row["completion"]) for row in rows] == [(1, text)]
+
+
 def test_a_resumed_run_cuts_off_what_came_after_its_checkpoint(tmp_path):
     with new_folder(tmp_path) as folder:
         for step in (1, 2, 3):

@@ -148,3 +148,19 @@ def test_allowed_tokens_by_hand():
     # After top-k of 2, 0.4 alone is 4/7 = 0.571 of what is left.
     assert ops.allowed_tokens(logits, 2, 0.57).tolist() == [[False, True, False, False]]
     assert ops.allowed_tokens(logits, 2, 0.58).tolist() == [[False, True, False, True]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_allowed_tokens_far_below_the_others_are_drawn_all_the_same(dtype):
+    # e^-1200 is 0 in any dtype, so the allowed tokens have no mass to be seen beside the forbidden one.
+    logits = torch.tensor([[1200.0, 1.0, 0.0, 2.0, 0.0, 3.0, 0.0, 0.0]], dtype=dtype)
+    allowed = torch.tensor([[False, True, False, False, False, True, False, False]])
+    expected = torch.tensor([1.0, 3.0]).softmax(0)  # of tokens 1 and 5
+    uniforms = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    rows = logits.expand(1000, -1)
+    tokens, _, _, kept = ops.sample_tokens(rows, uniforms, allowed.expand(1000, -1))
+    assert set(tokens.tolist()) == {1, 5}
+    assert (tokens == 1).float().mean().item() == pytest.approx(expected[0].item(), abs=2e-3)
+    assert kept.eq(0).all()
+    best = ops.allowed_tokens(logits.masked_fill(~allowed, float("-inf")), 1, 1.0)
+    assert ops.sample_tokens(logits, torch.tensor([0.5]), best)[0].tolist() == [5]

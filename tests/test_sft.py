@@ -6,7 +6,7 @@ import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastppo.trainers.sft import IGNORED, RightPadding, SFTConfig, SFTTrainer, encode, pack
 
@@ -170,3 +170,23 @@ def test_an_unknown_argument_is_refused(tokenizer: PreTrainedTokenizerFast, mode
 def test_packing_with_a_cache_is_refused(tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM, tmp_path: Path):
     with pytest.raises(ValueError, match="see each other"):
         SFTTrainer(model, config(tmp_path, use_cache=True, packing=True), tokenizer=tokenizer)
+
+
+def test_rows_fit_the_models_context_by_default(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
+    sizes = {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), **sizes))
+    rows = [{"text": "the cat " * 20}]
+    trainer = SFTTrainer(model, config(tmp_path, max_steps=1), train_dataset=rows, tokenizer=tokenizer)
+    assert len(trainer.train_dataset[0]["input_ids"]) == 16
+    trainer.train()
+    longer = SFTTrainer(model, config(tmp_path), train_dataset=rows, tokenizer=tokenizer, max_seq_length=20)
+    assert len(longer.train_dataset[0]["input_ids"]) == 20
+
+
+def test_texts_without_an_end_token_have_none(tokenizer: PreTrainedTokenizerFast):
+    tokenizer.eos_token = None
+    rows = encode([{"text": "the cat sat"}, {"prompt": "the cat", "completion": " ran"}], tokenizer, 32)
+    assert [row["input_ids"] for row in rows] == [ids("the cat sat"), ids("the cat ran")]
+    assert [row["labels"] for row in rows] == [[IGNORED, *ids("cat sat")], [IGNORED, IGNORED, *ids("ran")]]
+    with pytest.raises(ValueError, match="none of 2 rows"):
+        encode([{"prompt": "the cat", "completion": ""}, {"text": ""}], tokenizer, 32)

@@ -315,6 +315,17 @@ def test_schedules_warm_up_and_decay():
     np.testing.assert_allclose(rates, [0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4], atol=1e-9)
 
 
+def test_the_critic_can_have_a_learning_rate_of_its_own():
+    trainer = make(learning_rate=1e-4, critic_learning_rate=1e-2, lr_scheduler_type="linear", steps=80)
+    before = state_of(trainer)
+    queries = tiny.queries(8)
+    trainer.step(queries, tiny.queries(8, seed=2), [1.0] * 8)
+    moved = {name: float((tensor - before[name]).abs().max()) for name, tensor in trainer.model.state_dict().items()}
+    assert moved["v_head.summary.bias"] > 1e-2
+    assert max(distance for name, distance in moved.items() if "v_head" not in name) < 1e-3
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([9e-5, 9e-3])
+
+
 def test_missing_eos_is_penalised():
     trainer = make(missing_eos_penalty=3.0)
     queries, responses = tiny.queries(8), [torch.tensor([5, 6, 2])] * 4 + [torch.tensor([5, 6, 7])] * 4

@@ -14,13 +14,25 @@ from fastppo.cli.arguments import nearest
 
 
 def load_tokenizer(name: str) -> Any:
-    """Return the tokenizer of a model; an adapter without one has that of its base model."""
+    """Return the tokenizer of a model; an adapter without one has that of its base model.
+
+    Raises ValueError for a name that can only be a directory and is none.
+    """
     from transformers import AutoTokenizer
 
+    _check_directory(name, "check model_name_or_path")
     adapter = Path(name, "adapter_config.json")
     if adapter.is_file() and not Path(name, "tokenizer_config.json").is_file():
-        name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        _check_directory(base, f"it is the base model of the adapter in {name}")
+        name = base
     return AutoTokenizer.from_pretrained(name)
+
+
+def _check_directory(name: str, remedy: str) -> None:
+    is_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+    if is_path and not Path(name).is_dir():
+        raise ValueError(f"there is no directory {name} (in {Path.cwd()}); {remedy}")
 
 
 def load_reward(name: str) -> Callable[..., Any]:

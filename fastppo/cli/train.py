@@ -14,6 +14,9 @@ from fastppo.cli.data import hold_out, read_rows
 from fastppo.cli.loading import load_reward, load_tokenizer
 from fastppo.config import PPOConfig
 
+_DTYPES = {name: name for name in ("float32", "bfloat16", "float16", "auto")}
+_DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 
 @dataclass
 class PPOArguments:
@@ -64,7 +67,8 @@ class PPOArguments:
     load_in_8bit: bool = False
     load_in_4bit: bool = False
     dtype: str | None = None
-    """Of the model's weights: float32, bfloat16, ...; by default float32 for what is trained."""
+    """Of the model's weights: float32 (fp32), bfloat16 (bf16), float16 (fp16) or auto, the checkpoint's; by default
+    float32 for what is trained."""
 
     def check(self) -> None:
         """Raise ValueError, with the value, the expectation and the remedy, if a setting cannot work."""
@@ -74,6 +78,8 @@ class PPOArguments:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.eval_every is not None and not self.eval_size:
             raise ValueError(f"eval_every={self.eval_every} needs held-out prompts; set eval_size, for example to 64")
+        if self.dtype is not None and self.dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
         is_adapter = Path(self.model_name_or_path, "adapter_config.json").is_file()
         if (self.load_in_8bit or self.load_in_4bit) and not self.use_peft and not is_adapter:
             raise ValueError("8-bit and 4-bit weights are not trained themselves; add --use_peft")
@@ -110,7 +116,7 @@ def make_trainer(options: PPOArguments, config: PPOConfig) -> Any:
     if options.use_peft:
         kwargs["peft_config"] = _lora(options)
     if options.dtype is not None:
-        kwargs["dtype"] = options.dtype
+        kwargs["dtype"] = _DTYPES[options.dtype]
     for name in ("load_in_8bit", "load_in_4bit"):
         if getattr(options, name):
             kwargs[name] = True

@@ -64,6 +64,24 @@ class _WindowLayer(DynamicLayer):
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
+def check_kind(model: Any, prefilled: DynamicCache | None = None) -> None:
+    """Raise NotImplementedError for a model whose state is not, or not only, keys and values.
+
+    The configuration tells it of most models before they run; of others, what they left in a cache after a prompt.
+    """
+    if prefilled is None:
+        layers = DynamicCache(config=model.config.get_text_config()).layers
+        is_recurrent = any(hasattr(layer, "update_conv_state") for layer in layers)
+    else:
+        layers = prefilled.layers
+        is_recurrent = not layers or any(getattr(layer, "keys", None) is None for layer in layers)
+    if is_recurrent:
+        raise NotImplementedError(
+            f"{type(model).__name__} (model type {model.config.model_type}) keeps a recurrent state between tokens, "
+            "which is not supported yet; use a model whose layers are all attention"
+        )
+
+
 class WindowCache(Cache):
     """The cache of all layers, and which columns belong to which row."""
 

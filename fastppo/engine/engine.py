@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from fastppo import ops
 from fastppo.config import SamplingConfig
-from fastppo.engine.cache import WindowCache
+from fastppo.engine.cache import WindowCache, check_kind
 from fastppo.engine.requests import Draw, Requests, Rows
 from fastppo.engine.stopping import Stopping, end_ids
 from fastppo.models.network import LanguageHead, causal_lm, evaluating, language_head, last_hidden, weight_version
@@ -57,6 +57,7 @@ class Engine:
         Raises:
             ValueError: an empty prompt, or one that does not fit the model's context together with its response.
             FloatingPointError: the model's logits are not finite.
+            NotImplementedError: the model keeps a recurrent state between tokens.
         """
         sampling = sampling or SamplingConfig()
         ids = [prompt for prompt in self.encode(prompts) for _ in range(n)]
@@ -66,6 +67,7 @@ class Engine:
         requests = Requests(ids, limits, self.seed if sampling.seed is None else sampling.seed, self.num_requests)
         self.num_requests += len(ids)
         inner = causal_lm(self.model)
+        check_kind(inner)
         stopping = Stopping(sampling, end_ids(inner, self.tokenizer), self.tokenizer)
         with evaluating(self.model):
             _Decoder(self.model, requests, sampling, stopping, self.max_rows).run()
@@ -174,6 +176,7 @@ class _Decoder:
         cache = DynamicCache()
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         hidden = self._forward(ids, mask, positions, cache)
+        check_kind(causal_lm(self.model), cache)
         self.cache.admit(cache, lengths, rows)
         self._draw(hidden, requests, rows)
 

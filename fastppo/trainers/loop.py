@@ -133,8 +133,10 @@ def _prepare(trainer: Any, prompts: Any, reward: Any, config: LoopConfig, genera
         trainer.lr_scheduler = setup.make_scheduler(
             trainer.optimizer, trainer.config, config.max_steps, done=trainer.current_step
         )
-    trained = Reward(reward, config.reward_weights)
-    measured = trained if config.eval_reward is None else Reward(config.eval_reward)
+    trained = Reward(reward, config.reward_weights, columns=stream.prompts.columns)
+    measured = trained
+    if config.eval_reward is not None:
+        measured = Reward(config.eval_reward, columns=(held_out or stream.prompts).columns)
     return _Run(trainer, config, trained, stream, sampling, held_out, measured)
 
 

@@ -258,7 +258,8 @@ class PPOTrainer:
         columns_to_log: Sequence[str] = ("query", "response"),
     ) -> None:
         """Send the statistics to the tracker of `log_with`; wandb also gets a table of `columns_to_log`."""
-        report.log(self.accelerator, self.config, stats, batch, rewards, columns_to_log)
+        step = self.current_step - 1  # of the step that the statistics are of
+        report.log(self.accelerator, self.config, stats, batch, rewards, columns_to_log, step=step)
 
     def train(self, prompts: Any, reward: Any, **kwargs: Any) -> list[dict[str, Any]]:
         """Generate, score and step until done; see `fastppo.trainers.loop.train` for the arguments."""

@@ -77,8 +77,8 @@ def _split_columns(data: Any, column: str | None) -> tuple[list[Any], dict[str, 
     taken = [name for name in _REWARD_ARGUMENTS if name in table]
     if taken:
         warnings.warn(
-            f"the data's columns {taken} are not handed to the reward, which gets the run's own prompts and completions "
-            "under these names; rename them, or choose the prompts with query_column",
+            f"the data's columns {taken} are not handed to the reward, which gets the run's own prompts and completions"
+            " under these names; rename them, or choose the prompts with query_column",
             stacklevel=4,
         )
     return prompts, {name: values for name, values in table.items() if name not in taken}

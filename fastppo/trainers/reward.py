@@ -43,8 +43,8 @@ class RewardTrainer(SupervisedTrainer):
 
     L = -mean log σ(r(chosen) - r(rejected) - margin) + c · mean (r(chosen) + r(rejected))²
 
-    `model` has `num_labels=1`; EOS ends every text that is not cut at `max_length` or the model's context. `evaluate` reports `eval_accuracy`,
-    in which a tie is no success, and `eval_margin`, the mean difference.
+    `model` has `num_labels=1`; EOS ends every text that is not cut at `max_length` or the model's context. `evaluate`
+    reports `eval_accuracy`, in which a tie is no success, and `eval_margin`, the mean difference.
     Source: Ouyang et al. 2022 (arXiv:2203.02155), equation 1; Touvron et al. 2023 (arXiv:2307.09288) for the margin.
     Raises ValueError for a model with more than one output or rows without the two columns.
     """

@@ -56,7 +56,8 @@ def check_samples(
 
 
 def _ended(responses: Sequence[Tensor] | Rollout, rows: Sequence[int], end_ids: Collection[int]) -> Tensor:
-    if isinstance(responses, Rollout):  # stop strings and a call's own stop ids leave no mark on the last token
+    # Stop strings and a call's own stop ids leave no mark on the last token.
+    if isinstance(responses, Rollout) and responses.is_untouched:
         return responses.finished[list(rows)].cpu()
     return torch.tensor([int(responses[i][-1]) in end_ids for i in rows])
 

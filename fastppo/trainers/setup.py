@@ -93,13 +93,20 @@ def make_accelerator(config: PPOConfig) -> Any:
     return accelerator
 
 
-def make_optimizer(model: torch.nn.Module, config: PPOConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: Any, config: PPOConfig) -> torch.optim.Optimizer:
     """Return Adam over the trainable parameters, fused where the device has it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("the model has no trainable parameter; load it with is_trainable=True, or add a peft_config")
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.Adam(parameters, lr=config.learning_rate, fused=fused)
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if config.critic_learning_rate is not None:
+        critic = {id(p) for p in model.v_head.parameters()}
+        groups = [
+            {"params": [p for p in parameters if id(p) not in critic]},
+            {"params": [p for p in parameters if id(p) in critic], "lr": config.critic_learning_rate},
+        ]
+    return torch.optim.Adam([group for group in groups if group["params"]], lr=config.learning_rate, fused=fused)
 
 
 def make_scheduler(

@@ -26,7 +26,9 @@ class SFTConfig(TrainingArguments):
     """Configure supervised fine-tuning: transformers' TrainingArguments and the fields below."""
 
     dataset_text_field: str = field(default="text", metadata={"help": "column with the text to learn"})
-    max_seq_length: int | None = field(default=None, metadata={"help": "tokens; None: tokenizer's or model's, at most 1024"})
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "tokens; None: tokenizer's or model's, at most 1024"}
+    )
     packing: bool = field(default=False, metadata={"help": "fill rows with several documents, blind to each other"})
 
     def __post_init__(self) -> None:
@@ -85,7 +87,8 @@ class SFTTrainer(SupervisedTrainer):
 
 def _default_length(model: Any, tokenizer: Any) -> int:
     """Return the tokens of a row that tokenizer and model both have room for."""
-    return min(tokenizer.model_max_length, context_length(model) or _LONGEST_BY_DEFAULT, _LONGEST_BY_DEFAULT)
+    length: int = min(tokenizer.model_max_length, context_length(model) or _LONGEST_BY_DEFAULT, _LONGEST_BY_DEFAULT)
+    return length
 
 
 def _prepare(

@@ -1,0 +1,1 @@
+"""`fastppo demo`: a language model learns a tone from a reward, from nothing, in minutes."""
