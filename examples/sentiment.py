@@ -26,14 +26,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_name_or_path", default="lvwerra/gpt2-imdb")
     parser.add_argument("--dataset_name", help="file (.jsonl, .csv, .txt) or hub id with a `text` column")
-    parser.add_argument("--num_prompts", type=int, default=2048)
+    parser.add_argument("--num_prompts", type=int, default=1024)
     parser.add_argument("--prompt_tokens", type=int, default=32)
     parser.add_argument("--max_new_tokens", type=int, default=32)
-    parser.add_argument("--max_steps", type=int, default=40)
-    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--max_steps", type=int, default=56)
+    parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=5e-4)
-    parser.add_argument("--init_kl_coef", type=float, default=0.05)
-    parser.add_argument("--variety", type=float, default=0.5, help="weight of the reward for not repeating others")
+    parser.add_argument("--init_kl_coef", type=float, default=0.055)
+    parser.add_argument("--variety", type=float, default=0.6, help="weight of the reward for not repeating others")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default="runs/sentiment")
     return parser.parse_args(arguments)
@@ -79,9 +79,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     config = PPOConfig(
         seed=args.seed,
         batch_size=args.batch_size,
-        mini_batch_size=args.batch_size // 2,
-        ppo_epochs=2,
+        mini_batch_size=args.batch_size,
+        lam=1.0,
         learning_rate=args.learning_rate,
+        critic_learning_rate=1e-2,  # the value head starts at random, and is one vector
         lr_scheduler_type="linear",
         init_kl_coef=args.init_kl_coef,
         adap_kl_ctrl=False,
