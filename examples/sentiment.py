@@ -32,8 +32,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_steps", type=int, default=56)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=5e-4)
-    parser.add_argument("--init_kl_coef", type=float, default=0.055)
-    parser.add_argument("--variety", type=float, default=0.6, help="weight of the reward for not repeating others")
+    parser.add_argument("--init_kl_coef", type=float, default=0.05)
+    parser.add_argument("--variety", type=float, default=0.4, help="weight of the reward for not repeating others")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default="runs/sentiment")
     return parser.parse_args(arguments)
@@ -80,6 +80,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         seed=args.seed,
         batch_size=args.batch_size,
         mini_batch_size=args.batch_size,
+        ppo_epochs=3,
         lam=1.0,
         learning_rate=args.learning_rate,
         critic_learning_rate=1e-2,  # the value head starts at random, and is one vector
