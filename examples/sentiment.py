@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_dataset
 from transformers import AutoTokenizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -26,10 +25,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_name_or_path", default="lvwerra/gpt2-imdb")
     parser.add_argument("--dataset_name", help="file (.jsonl, .csv, .txt) or hub id with a `text` column")
-    parser.add_argument("--num_prompts", type=int, default=1024)
+    parser.add_argument("--num_prompts", type=int, default=768)
     parser.add_argument("--prompt_tokens", type=int, default=32)
     parser.add_argument("--max_new_tokens", type=int, default=32)
-    parser.add_argument("--max_steps", type=int, default=56)
+    parser.add_argument("--max_steps", type=int, default=50)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--init_kl_coef", type=float, default=0.05)
@@ -48,6 +47,8 @@ def cut_prompts(args: argparse.Namespace, model: Any, tokenizer: Any) -> list[li
         sampling = SamplingConfig(max_new_tokens=length, min_new_tokens=length, seed=args.seed)
         rollout = Engine(model, tokenizer).generate(start, sampling)
         return [[*query.tolist(), *response.tolist()] for query, response in zip(rollout.queries, rollout, strict=True)]
+    from datasets import load_dataset
+
     kind = {"jsonl": "json", "json": "json", "csv": "csv", "txt": "text"}.get(args.dataset_name.rsplit(".", 1)[-1])
     data = load_dataset(kind, data_files=args.dataset_name) if kind else load_dataset(args.dataset_name)
     texts = data["train"].shuffle(seed=args.seed)["text"][: count * 2]
