@@ -164,8 +164,7 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
 def weight_version(model: nn.Module) -> tuple[int, ...]:
     """Return a fingerprint of all the weights and of which adapter is on.
 
-    It is equal if and, but for freak coincidence, only if they are bitwise equal. It reads every weight twice, which
-    takes about as long as two decoding steps.
+    It is equal if and, but for freak coincidence, only if they are bitwise equal. It reads every weight twice.
     """
     parameters = list(model.parameters())
     sums = [checksum.to(parameters[0].device) for checksum in map(_checksum, parameters)]

@@ -29,7 +29,6 @@ class Measurement:
     kl: float  # mean over completions of Σ_t log π - log π_ref, nats
     length: float  # tokens
     distinct_2: float
-    completions: list[Any]
     rows: list[dict[str, Any]]  # query, completion, reward
 
     def summary(self, when: str) -> dict[str, float]:
@@ -72,7 +71,6 @@ def measure(trainer: Any, prompts: Prompts, reward: Reward, sampling: SamplingCo
         kl=float(kl.mean()),
         length=len(rollout.tokens) / len(rollout),
         distinct_2=distinct_2(completions),
-        completions=completions,
         rows=[{"query": q, "completion": c, "reward": r} for q, c, r in rows],
     )
 

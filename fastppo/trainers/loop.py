@@ -127,16 +127,16 @@ def _prepare(trainer: Any, prompts: Any, reward: Any, config: LoopConfig, genera
     stream = PromptStream(read_prompts(prompts, trainer.engine, **options), trainer.config.seed)
     held_out = config.eval_prompts
     held_out = None if held_out is None else read_prompts(held_out, trainer.engine, **options)
+    trained = Reward(reward, config.reward_weights, columns=stream.prompts.columns)
+    measured = trained
+    if config.eval_reward is not None:
+        measured = Reward(config.eval_reward, columns=(held_out or stream.prompts).columns)
     warn_of_truncation(sampling)
     trainer.stop_ids = trainer.end_ids if sampling.stop_ids is None else frozenset(sampling.stop_ids)
     if not trainer.has_own_schedule:
         trainer.lr_scheduler = setup.make_scheduler(
             trainer.optimizer, trainer.config, config.max_steps, done=trainer.current_step
         )
-    trained = Reward(reward, config.reward_weights, columns=stream.prompts.columns)
-    measured = trained
-    if config.eval_reward is not None:
-        measured = Reward(config.eval_reward, columns=(held_out or stream.prompts).columns)
     return _Run(trainer, config, trained, stream, sampling, held_out, measured)
 
 
