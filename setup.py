@@ -1,10 +1,13 @@
 """Build and describe the package; tool settings live in pyproject.toml."""
 
 import os
+import platform
+import sys
 from glob import glob
 from pathlib import Path
+from typing import Any
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
@@ -34,6 +37,7 @@ EXTRAS_REQUIRE = {
     # ruff and mypy are exact because a newer release of either finds new faults in old code.
     "dev": [
         "pytest>=8.3",
+        "hypothesis>=6.100",
         "ruff==0.17.6",
         "mypy==2.4.1",
         "types-PyYAML",
@@ -43,14 +47,43 @@ EXTRAS_REQUIRE = {
 }
 
 
+# Files that are compiled for more than the baseline; csrc/cpu.cpp chooses among them at run time.
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+ISA_FLAGS = {"isa_avx2": AVX2, "isa_avx512": AVX512, "isa_avx512bf16": [*AVX512, "-mavx512bf16"]}
+HAS_ISA_FLAGS = os.name != "nt" and platform.machine().lower() in ("x86_64", "amd64")
+# On Linux OpenMP is the libgomp that torch has loaded: the name is the same, so the loader takes no second one.
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+
+
+class BuildNative(build_ext):
+    """Compile each file with the flags of its instruction set."""
+
+    def build_extension(self, ext: Any) -> None:
+        """Build one extension; setuptools has no flags per file, only per extension."""
+        compile_file = self.compiler._compile
+
+        def compile_for_isa(obj: str, src: str, suffix: str, cc_args: Any, extra: Any, pp_opts: Any) -> None:
+            compile_file(obj, src, suffix, cc_args, [*extra, *ISA_FLAGS.get(Path(src).stem, [])], pp_opts)
+
+        if HAS_ISA_FLAGS:
+            self.compiler._compile = compile_for_isa
+        super().build_extension(ext)
+
+
 def native_extension() -> Pybind11Extension:
     """Describe fastppo._native, which may fail to build: everything has a plain PyTorch twin."""
+    sources = [path for path in sorted(glob("csrc/*.cpp")) if HAS_ISA_FLAGS or Path(path).stem not in ISA_FLAGS]
+    # Contraction to fused multiply-adds is written out where it is meant, so that builds agree with each other.
+    flags = ["/O2"] if os.name == "nt" else ["-O3", "-ffp-contract=off", *OPENMP]
     return Pybind11Extension(
         "fastppo._native",
-        sorted(glob("csrc/*.cpp")),
+        sources,
         depends=sorted(glob("csrc/*.hpp")),
+        define_macros=[("FASTPPO_X86", "1")] if HAS_ISA_FLAGS else [],
         cxx_std=17,
-        extra_compile_args=["/O2"] if os.name == "nt" else ["-O3"],
+        extra_compile_args=flags,
+        extra_link_args=OPENMP,
         optional=True,
     )
 
@@ -79,6 +112,7 @@ setup(
     package_dir={"fastppo.kernels": "kernels"},
     package_data={"fastppo": ["py.typed", "*.pyi"]},
     ext_modules=[native_extension()],
+    cmdclass={"build_ext": BuildNative},
     entry_points={"console_scripts": ["fastppo = fastppo.cli:main"]},
     zip_safe=False,
 )

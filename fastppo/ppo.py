@@ -6,8 +6,6 @@ Shapes as in `types.py`: (T,) per trainable token, (B,) per sample.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -78,31 +76,42 @@ def token_weights(offsets: Tensor, rows: list[int], aggregation: str) -> Tensor:
     return torch.repeat_interleave(1.0 / (len(rows) * lengths), lengths)
 
 
-@dataclass(frozen=True, eq=False)
-class PolicyLoss:
-    """PPO's clipped policy loss with an entropy bonus, as a row loss for `ops.linear_loss`.
+def dual_clip_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float
+) -> Tensor:
+    """Return PPO's clipped loss, (T,), at most -dual_clip·A where A < 0, for dual_clip > 1.
 
-    Called with a chunk's log-probs and entropies (C,) it returns their weighted losses (C,), and keeps both for the
-    statistics. With `old_logprobs` None the ratio is that of the first step: 1, with the gradient of the log-prob.
+    Source: Ye et al. (arXiv:1912.09729) section 3.2.
     """
+    loss = ops.clipped_policy_loss(logprobs, old_logprobs, advantages, clip_low, clip_high)
+    return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
 
-    old_logprobs: Tensor | None  # (T',)
-    advantages: Tensor  # (T',)
-    weights: Tensor  # (T',)
-    clip_low: float
-    clip_high: float
-    entropy_coef: float
-    logprobs: Tensor  # (T',), filled chunk by chunk
-    entropies: Tensor  # (T',), filled chunk by chunk
 
-    def __call__(self, logprobs: Tensor, entropies: Tensor, rows: Tensor) -> Tensor:
-        """Return the weighted losses (C,) of the rows numbered `rows` (C,)."""
-        self.logprobs[rows], self.entropies[rows] = logprobs.detach(), entropies.detach()
-        old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs[rows]
-        loss = ops.clipped_policy_loss(logprobs, old, self.advantages[rows], self.clip_low, self.clip_high)
-        if self.entropy_coef:
-            loss = loss - self.entropy_coef * entropies
-        return loss * self.weights[rows]
+def cispo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_high: float) -> Tensor:
+    """Return -min(ρ, 1 + clip_high) A log π, (T,), the ratio a constant: no token loses its gradient to the clip.
+
+    Source: MiniMax-M1 (arXiv:2506.13585) eq. 4.
+    """
+    ratio = torch.exp(logprobs.detach() - old_logprobs).clamp_max(1 + clip_high)
+    return -ratio * advantages * logprobs
+
+
+def reinforce_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """Return -A log π, (T,). Source: Williams, "Simple statistical gradient-following algorithms" (1992)."""
+    return -advantages * logprobs
+
+
+def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
+    """Return an estimate of KL(π || π_ref) to be added to a loss, (T,); see `ops.kl_penalty` for the kinds.
+
+    On-policy, k2's gradient is that of the KL and k1's is 0 on average. The exact KL comes from `ops.linear_loss`.
+    """
+    return ops.kl_penalty(logprobs, ref_logprobs, kind)
+
+
+def entropy_loss(entropies: Tensor, coef: float) -> Tensor:
+    """Return -coef·H, (T,): the bonus that keeps a policy from collapsing."""
+    return -coef * entropies
 
 
 def policy_statistics(

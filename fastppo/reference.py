@@ -27,7 +27,11 @@ def scaled_logits(
 
     Source: Gemma 2 (arXiv:2408.00118) section 2 for the soft cap, Cohere's models for the scale.
     """
-    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return shaped_logits(torch.nn.functional.linear(hidden, weight, bias), temperature, softcap, logit_scale)
+
+
+def shaped_logits(logits: Tensor, temperature: float, softcap: float | None, logit_scale: float) -> Tensor:
+    """Return z = softcap·tanh(scale·u / softcap) / temperature of raw logits u, in fp32 or wider."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logits = logits * logit_scale if logit_scale != 1.0 else logits
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
@@ -191,69 +195,3 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
     """
     clipped = torch.clamp(values, old_values - cliprange, old_values + cliprange)
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
-
-
-_PHILOX_A, _PHILOX_B = 0xD2511F53, 0xCD9E8D57
-_WEYL_A, _WEYL_B = 0x9E3779B9, 0xBB67AE85
-_LOW = 0xFFFFFFFF
-
-
-def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return high and low 32 bits of a·b, of words held in int64."""
-    product = a * b  # wraps modulo 2^64, which keeps both words
-    return (product >> 32) & _LOW, product & _LOW
-
-
-def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the four 32-bit words (int64 tensors) that Philox-4x32-10 draws for a counter and a 64-bit seed.
-
-    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Triton's `tl.philox` is the same.
-    """
-    key_a, key_b = seed & _LOW, (seed >> 32) & _LOW
-    for _ in range(10):
-        high_b, low_b = _multiply(_PHILOX_B, c2)
-        high_a, low_a = _multiply(_PHILOX_A, c0)
-        c0, c1, c2, c3 = high_b ^ c1 ^ key_a, low_b, high_a ^ c3 ^ key_b, low_a
-        key_a, key_b = (key_a + _WEYL_A) & _LOW, (key_b + _WEYL_B) & _LOW
-    return c0, c1, c2, c3
-
-
-def uniforms(seed: int, requests: Tensor, positions: Tensor) -> Tensor:
-    """Return one number of (0, 1) per (request, position), fp64: a function of seed, request and position alone."""
-    words = philox(seed, positions & _LOW, requests & _LOW, (requests >> 32) & _LOW, torch.zeros_like(requests))
-    return (words[0].double() + 0.5) / 2.0**32
-
-
-def sample_tokens(logits: Tensor, uniform: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Draw one token a row by inverting the cumulative distribution at uniform (N,).
-
-    logits (N, V) at the sampling temperature; allowed (N, V) bool limits the draw, one token a row at least.
-    Returns (tokens (N,) int64, logprobs, entropies, kept_mass), the last three (N,): log-prob and entropy are those
-    of the whole distribution, kept_mass is the probability of the allowed tokens.
-    """
-    # Normalised over the allowed tokens: as a part of the whole they may be too improbable for the dtype.
-    weights = torch.softmax(logits if allowed is None else logits.masked_fill(~allowed, float("-inf")), -1)
-    cumulative = weights.cumsum(-1)
-    total = cumulative[:, -1]
-    # Just below the total, so that rounding never selects past the last token that has any probability.
-    target = torch.minimum(uniform.to(total) * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
-    logprobs, entropies, _ = row_statistics(logits, tokens)
-    kept = torch.ones_like(total) if allowed is None else (torch.softmax(logits, -1) * allowed).sum(-1)
-    return tokens, logprobs, entropies, kept
-
-
-def allowed_tokens(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Return the (N, V) bool mask of the tokens that top-k, then top-p, leave; the most probable always stays.
-
-    Source: Holtzman et al. (arXiv:1904.09751) for top-p; ties of the k-th token stay, as in transformers.
-    """
-    allowed = torch.ones_like(logits, dtype=torch.bool)
-    if 0 < top_k < logits.shape[-1]:
-        allowed = logits >= logits.topk(top_k, dim=-1).values[:, -1:]
-    if top_p < 1.0:
-        probs = torch.softmax(logits.masked_fill(~allowed, float("-inf")), -1)
-        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-        inside = ordered.cumsum(-1) - ordered < top_p
-        allowed &= torch.zeros_like(allowed).scatter(-1, order, inside)
-    return allowed

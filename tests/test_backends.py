@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastppo import ops
+from fastppo.ops import backends
 
 
 def test_use_backend_is_undone_also_by_an_error():
@@ -18,19 +19,19 @@ def test_use_backend_is_undone_also_by_an_error():
 
 
 def test_use_backend_refuses_what_cannot_be_had(monkeypatch):
-    with pytest.raises(ValueError, match=r"'fast'; expected one of auto, reference, native"), ops.use_backend("fast"):
+    with pytest.raises(ValueError, match=r"'fast'; expected one of auto, reference, native, triton"), ops.use_backend("fast"):
         pass
-    monkeypatch.setattr(ops, "_native", object())
+    monkeypatch.setattr(backends, "_native", object())
     with ops.use_backend("native"), pytest.raises(RuntimeError, match=r"host memory, got one on cuda"):
         ops.backend(torch.device("cuda"))
-    monkeypatch.setattr(ops, "_native", None)
+    monkeypatch.setattr(backends, "_native", None)
     assert ops.backend(torch.device("cpu")) == "reference"
     with pytest.raises(RuntimeError, match=r"without its C\+\+ extension"), ops.use_backend("native"):
         pass
 
 
 def test_without_the_extension_the_reference_serves(monkeypatch):
-    monkeypatch.setattr(ops, "_native", None)
+    monkeypatch.setattr(backends, "_native", None)
     rewards, values = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5])
     assert ops.gae(rewards, values, torch.tensor([0, 2]), 1.0, 1.0).tolist() == [0.5, 0.5]
     assert ops.pack([5, 3, 2, 4], 2, 2).tolist() == [0, 1, 1, 0]

@@ -9,7 +9,7 @@ import tiny_trainers as tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastppo import ops
+from fastppo.ops import chunks
 from fastppo.trainers import conclude, update
 from fastppo.trainers import ppo as ppo_trainer
 
@@ -66,13 +66,17 @@ class LargestFloats(TorchDispatchMode):
 
 # TRL defect 10
 @pytest.mark.parametrize("penalty", ["kl", "full"])
-def test_no_tensor_of_tokens_times_vocabulary_exists_in_a_step(monkeypatch, penalty):
-    monkeypatch.setattr(ops, "_CHUNK_BYTES", 2**16)
-    vocabulary, lengths = 5003, (100, 120, 90, 110)
+@pytest.mark.parametrize(("vocabulary", "longest"), [(5003, 120), (151_936, 420)])
+def test_no_tensor_of_tokens_times_vocabulary_exists_in_a_step(monkeypatch, penalty, vocabulary, longest):
+    if vocabulary < 100_000:  # the chunks of the large one are those of every day
+        monkeypatch.setitem(chunks._CHUNK_BYTES, "cpu", 2**16)
+        monkeypatch.setattr(chunks, "_MIN_CHUNK_ROWS", 64)
+    lengths = (longest - 20, longest, longest - 30, longest - 10)
     trainer = tiny.trainer(tiny.policy(vocabulary=vocabulary), kl_penalty=penalty, ppo_epochs=1)
     with LargestFloats() as seen:
         trainer.step(*tiny.batch(responses=lengths, vocabulary=vocabulary))
-    assert vocabulary * 16 <= seen.largest <= sum(lengths) * vocabulary / 4
+    assert vocabulary * 16 <= seen.largest <= chunks.chunk_rows(vocabulary) * vocabulary
+    assert seen.largest <= sum(lengths) * vocabulary / 4
 
 
 # TRL defect 11

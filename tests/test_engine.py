@@ -6,7 +6,7 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from fastppo import Engine, SamplingConfig, reference
+from fastppo import Engine, SamplingConfig, reference_sampling
 from fastppo.engine.cache import WindowCache, check_kind
 from fastppo.types import Rollout
 
@@ -19,7 +19,7 @@ def naive(model, query, limit, seed, request, temperature=1.0):
     for position in range(limit):
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0, -1].double() / temperature
-        uniform = reference.uniforms(seed, torch.tensor([request]), torch.tensor([position]))
+        uniform = reference_sampling.uniforms(seed, torch.tensor([request]), torch.tensor([position]))
         cumulative = logits.softmax(-1).cumsum(-1)
         token = int((cumulative <= uniform * cumulative[-1]).sum())
         logprobs.append(float(logits.log_softmax(-1)[token]))

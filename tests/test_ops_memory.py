@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastppo import ops
+from fastppo.ops import chunks
 
 ROWS, HIDDEN, VOCABULARY, CHUNK = 400, 8, 512, 16
 
@@ -35,8 +36,9 @@ class Recorder(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setattr(ops, "_MIN_CHUNK_ROWS", 1)
-    monkeypatch.setattr(ops, "_CHUNK_BYTES", 4 * VOCABULARY * CHUNK)
+    monkeypatch.setattr(chunks, "_MIN_CHUNK_ROWS", 1)
+    monkeypatch.setattr(chunks, "_ROW_MULTIPLE", 1)
+    monkeypatch.setitem(chunks._CHUNK_BYTES, "cpu", 4 * VOCABULARY * CHUNK)
 
 
 def make_inputs(is_frozen=False, dtype=torch.float32):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tolerances import close
 
-from fastppo import ppo
+from fastppo import ops, ppo
 from fastppo.config import PPOConfig
 from fastppo.types import Evaluation
 
@@ -123,9 +123,8 @@ def test_token_weights_sum_to_one(aggregation, rows):
 
 
 def policy_loss(old, entropy_coef=0.0):
-    parts = {"logprobs": torch.full((3,), float("nan")), "entropies": torch.full((3,), float("nan"))}
     advantages, weights = torch.tensor([1.0, -2.0, 1.0]), torch.tensor([0.5, 0.25, 0.25])
-    return ppo.PolicyLoss(old, advantages, weights, 0.2, 0.3, entropy_coef, **parts)
+    return ops.PPOLoss(old, advantages, weights, 0.2, 0.3, entropy_coef)
 
 
 def test_policy_loss_by_hand_in_two_chunks():

@@ -1,166 +1,213 @@
-"""Random numbers, the draw of a token, and the limits on it: published vectors, distributions, transformers."""
+"""The draw of a token, by every sampler of this machine: intervals in fp64, frequencies, odd rows, bad input."""
 
 import pytest
 import torch
+from sampling_oracle import ISAS, SAMPLERS, SLACK, fits, log_distribution, serving
 from tolerances import close
-from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from fastppo import ops, reference
+from fastppo import ops
+from fastppo.reference_sampling import uniforms
 
-# Random123's known answers for philox4x32-10: counter, key, result.
-PHILOX = [
-    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
-]
-# The numbers nearest to 0 and to 1 that `uniforms` can give.
-LEAST, MOST = 0.5 / 2**32, 1 - 0.5 / 2**32
+SCALINGS = [{}, {"temperature": 0.3}, {"softcap": 4.0, "temperature": 1.7}, {"logit_scale": 0.25}]
 
 
-def words(text: str) -> list[int]:
-    return [int(word, 16) for word in text.split()]
+@pytest.fixture(autouse=True, params=SAMPLERS)
+def sampler(request):
+    with serving(request.param):
+        yield request.param
 
 
-@pytest.mark.parametrize(("counter", "key", "expected"), PHILOX)
-def test_philox_against_the_published_vectors(counter, key, expected):
-    low, high = words(key)
-    drawn = reference.philox(high << 32 | low, *(torch.tensor([word, word]) for word in words(counter)))
-    assert [word.tolist() for word in drawn] == [[word, word] for word in words(expected)]
+def draw(logits, seed=7, **how):
+    """Draw from each row as requests 0, 1, ... at one position; return the numbers as well."""
+    requests = torch.arange(len(logits))
+    positions = torch.full_like(requests, 3)
+    return *ops.sample_tokens(logits, seed, requests, positions, **how), uniforms(seed, requests, positions)
 
 
-def test_uniforms_are_the_first_word_of_philox():
-    # The vector of zeros is request 0 at position 0 under seed 0.
-    drawn = ops.uniforms(0, torch.tensor([0]), torch.tensor([0]))
-    assert drawn.dtype == torch.float64
-    assert drawn.item() == (0x6627E8D5 + 0.5) / 2**32
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("vocabulary", [1, 2, 127, 128, 129, 1000, 9001])
+def test_a_token_is_where_the_cumulative_distribution_passes_its_number(vocabulary, scaling, dtype):
+    logits = torch.cat([spread * torch.randn(6, vocabulary) for spread in (0.0, 1.0, 8.0)]).to(dtype)
+    tokens, logprobs, entropies, kept, numbers = draw(logits, **scaling)
+    logp = log_distribution(logits, **scaling)
+    everything = range(vocabulary)
+    for row in range(len(logits)):
+        assert fits(logp[row], everything, float(numbers[row]), (int(tokens[row]), float(kept[row]))), row
+    torch.testing.assert_close(logprobs.double(), logp[range(len(logits)), tokens], **close(torch.float32, 8))
+    torch.testing.assert_close(entropies.double(), -(logp.exp() * logp).sum(-1), **close(torch.float32, 8))
+    assert kept.eq(1).all()
+    assert (tokens.dtype, logprobs.dtype, entropies.dtype, kept.dtype) == (torch.int64, *[torch.float32] * 3)
 
 
-def test_uniforms_do_not_depend_on_the_batch():
-    requests, positions = torch.arange(12) % 4 + 2**33, torch.arange(12) // 4
-    together = ops.uniforms(7, requests, positions)
-    order = torch.randperm(12)
-    assert ops.uniforms(7, requests[order], positions[order]).equal(together[order])
-    alone = torch.cat([ops.uniforms(7, requests[i : i + 1], positions[i : i + 1]) for i in range(12)])
-    assert alone.equal(together)
+def test_logprob_and_entropy_of_two_tokens_to_the_last_digits():
+    gap = torch.linspace(0, 25, 4001)
+    tokens, logprobs, entropies, *_ = draw(torch.stack([-gap, torch.zeros_like(gap)], 1)[1:], greedy=True)
+    gap = gap[1:].double()
+    assert tokens.eq(1).all()
+    log_total = torch.log1p(torch.exp(-gap))
+    near = {"atol": 3e-7, "rtol": 0}
+    torch.testing.assert_close(logprobs.double(), -log_total, **near)
+    torch.testing.assert_close(entropies.double(), log_total + gap / (1 + gap.exp()), **near)
 
 
-def test_uniforms_change_with_seed_request_and_position():
-    requests, positions = torch.tensor([0, 1, 2**32, 0, 1]), torch.tensor([0, 0, 0, 1, 1])
-    numbers = torch.cat([ops.uniforms(seed, requests, positions) for seed in (0, 1, 2**32)])
-    assert len(numbers.unique()) == len(numbers)
+def test_a_long_row():
+    logits = torch.stack([torch.randn(151_936), 6 * torch.randn(151_936)])
+    tokens, logprobs, *_, numbers = draw(logits)
+    logp = log_distribution(logits)
+    for row in range(2):
+        assert fits(logp[row], range(151_936), float(numbers[row]), (int(tokens[row]), 1.0))
+    torch.testing.assert_close(logprobs.double(), logp[range(2), tokens], **close(torch.float32, 8))
 
 
-def test_uniforms_are_uniform():
-    numbers = ops.uniforms(3, torch.arange(200).repeat(100), torch.arange(100).repeat_interleave(200))
-    counts = torch.histc(numbers, bins=20, min=0, max=1)
-    assert ((counts - 1000) ** 2 / 1000).sum() < 43.8  # the 99.9% point of chi-square with 19 degrees of freedom
-    by_position = numbers.view(100, 200)
-    neighbours = torch.corrcoef(torch.stack([by_position[:-1].flatten(), by_position[1:].flatten()]))[0, 1]
-    assert abs(neighbours) < 4 / 19800**0.5
-
-
-def test_sample_tokens_draws_the_distribution():
-    logits = torch.tensor([1.0, 0.0, -1.0, 2.0, float("-inf"), 0.5, -3.0, 1.5])
-    probs = torch.softmax(logits.double(), 0)
-    number = 20_000
-    drawn = ops.sample_tokens(logits.expand(number, -1), ops.uniforms(1, torch.arange(number), torch.arange(number)))
-    counts = torch.bincount(drawn[0], minlength=8).double()
-    assert counts[4] == 0
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.93}])
+def test_frequencies_follow_the_distribution(how):
+    logits, number = torch.tensor([1.0, 0.0, -1.0, 2.0, float("-inf"), 0.5, -3.0, 1.5]), 20_000
+    tokens, _, _, kept, _ = draw(logits.expand(number, -1), **how)
+    probs = log_distribution(logits[None], how.get("temperature", 1.0))[0].exp()
+    if "top_k" in how or "top_p" in how:  # of 3, 7, 0, 5, 1 and so on, in this order, both leave the first five
+        probs[[2, 4, 6]] = 0.0
+    assert kept[0].item() == pytest.approx(float(probs.sum()), abs=SLACK)
+    counts = torch.bincount(tokens, minlength=8).double()
+    assert counts[probs == 0].sum() == 0
     possible = probs > 0
-    expected = number * probs[possible]
+    expected = number * probs[possible] / probs.sum()
     assert ((counts[possible] - expected) ** 2 / expected).sum() < 22.46  # 99.9%, 6 degrees of freedom
 
 
-def test_sample_tokens_inverts_the_cumulative_distribution():
-    """On an even grid every token is drawn its share of times, to within one."""
-    logits = torch.randn(50, dtype=torch.float64)
-    grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    allowed = (torch.arange(50) % 3 > 0).expand(1000, -1)
-    for mask, probs in [
-        (None, torch.softmax(logits, 0)),
-        (allowed, torch.softmax(logits.masked_fill(~allowed[0], float("-inf")), 0)),
-    ]:
-        counts = torch.bincount(ops.sample_tokens(logits.expand(1000, -1), grid, mask)[0], minlength=50)
-        assert (counts - 1000 * probs).abs().max() <= 1 + 1e-9
+@pytest.mark.parametrize("how", [{}, {"top_k": 9000}, {"top_p": 0.99}])
+def test_the_impossible_is_never_drawn(how):
+    """Also not by the numbers next to 0 and to 1: rows begin or end with a stretch of probability 0."""
+    number = ops.uniforms(7, torch.arange(2**18), torch.full((2**18,), 3))
+    extreme = torch.cat([number.topk(8, largest=False).indices, number.topk(8).indices])
+    logits = torch.randn(2, 16, 20_000)
+    logits[0, :, 15_000:] = float("-inf")
+    logits[1, :, :15_000] = -1e4  # underflows to 0
+    for which, rows in enumerate(logits):
+        tokens, logprobs, *_ = ops.sample_tokens(rows, 7, extreme, torch.full((16,), 3), **how)
+        assert ((tokens >= 15_000) == bool(which)).all()
+        assert logprobs.isfinite().all()
 
 
-def test_a_number_on_the_border_of_two_tokens_draws_the_next_possible_one():
-    logits = torch.log(torch.tensor([0.0, 0.5, 0.0, 0.5])).expand(3, -1)
-    tokens, *_ = ops.sample_tokens(logits, torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
-    assert tokens.tolist() == [1, 3, 3]
+def test_a_draw_depends_on_its_row_seed_request_and_position_alone():
+    logits, requests, positions = torch.randn(24, 3000), torch.arange(24) % 5 + 2**34, torch.arange(24) // 5
+    for how in ({}, {"top_k": 20}, {"top_p": 0.8}):
+        together = ops.sample_tokens(logits, -3, requests, positions, **how)
+        order = torch.randperm(24)
+        shuffled = ops.sample_tokens(logits[order], -3, requests[order], positions[order], **how)
+        for whole, part in zip(together, shuffled, strict=True):
+            assert whole[order].equal(part)
+    other_seeds = [ops.sample_tokens(logits, seed, requests, positions)[0] for seed in (-3, 2**40)]
+    assert not other_seeds[0].equal(other_seeds[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("uniform", [LEAST, 0.5, 1 - 1e-4, MOST])
-def test_sample_tokens_never_draws_the_impossible(dtype, uniform):
-    """Half of the rows end, the other half begin, with a stretch of probability 0; all are masked at both ends."""
-    logits = torch.randn(64, 20_000, dtype=dtype)
-    logits[:32, 15_000:] = float("-inf")
-    logits[32:, :15_000] = -1e4  # underflows to 0
-    numbers = torch.full((64,), uniform, dtype=torch.float64)
-    tokens, logprobs, _, kept = ops.sample_tokens(logits, numbers)
-    assert (tokens[:32] < 15_000).all()
-    assert (tokens[32:] >= 15_000).all()
-    assert logprobs.isfinite().all()
-    assert (kept == 1).all()
-    allowed = torch.zeros_like(logits, dtype=torch.bool)
-    allowed[:, 14_990:15_010] = True
-    tokens, *_ = ops.sample_tokens(logits, numbers, allowed)
-    assert ((tokens[:32] >= 14_990) & (tokens[:32] < 15_000)).all()
-    assert ((tokens[32:] >= 15_000) & (tokens[32:] < 15_010)).all()
+@pytest.mark.skipif(not ISAS, reason="fastppo was installed without its C++ extension")
+@pytest.mark.parametrize("how", [{}, {"top_k": 30, "softcap": 5.0}, {"top_p": 0.9}])
+def test_the_number_of_threads_changes_no_bit(how):
+    logits, before = 3 * torch.randn(13, 9001), torch.get_num_threads()
+    one = draw(logits, **how)
+    try:
+        torch.set_num_threads(3)
+        three = draw(logits, **how)
+    finally:
+        torch.set_num_threads(before)
+    assert all(a.equal(b) for a, b in zip(one, three, strict=True))
 
 
-def test_sample_tokens_reports_the_whole_distribution_and_the_kept_mass():
-    logits = torch.randn(6, 30, dtype=torch.float64)
-    allowed = torch.rand(6, 30) < 0.5
-    tokens, logprobs, entropies, kept = ops.sample_tokens(logits, torch.rand(6, dtype=torch.float64), allowed)
-    assert allowed.gather(1, tokens[:, None]).all()
-    exact, probs = close(torch.float64, 20), torch.softmax(logits, 1)
-    torch.testing.assert_close(logprobs, probs[torch.arange(6), tokens].log(), **exact)
-    torch.testing.assert_close(entropies, -(probs * probs.log()).sum(1), **exact)
-    torch.testing.assert_close(kept, (probs * allowed).sum(1), **exact)
+@pytest.mark.parametrize("how", [{}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 200, "top_p": 0.5}, {"greedy": True}])
+@pytest.mark.parametrize("vocabulary", [300, 9001])
+def test_rows_that_are_not_finite_say_so_and_leave_the_others_alone(how, vocabulary):
+    logits = torch.randn(6, vocabulary)
+    expected = draw(logits, **how)
+    broken = logits.clone()
+    broken[0, 17], broken[1, 5], broken[3] = float("nan"), float("inf"), float("-inf")
+    tokens, logprobs, entropies, kept, _ = draw(broken, **how)
+    assert logprobs.isnan().tolist() == [True, True, False, True, False, False]
+    assert ((tokens >= 0) & (tokens < vocabulary)).all()
+    for part, whole in zip((tokens, logprobs, entropies, kept), expected, strict=False):
+        assert part[[2, 4, 5]].equal(whole[[2, 4, 5]])
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.5, 0.01])
-@pytest.mark.parametrize("top_k", [0, 1, 7, 40, 1000])
-def test_allowed_tokens_are_those_of_transformers(top_k, top_p):
-    logits = 3 * torch.randn(20, 40, dtype=torch.float64)
-    scores = logits
-    if top_k:
-        scores = TopKLogitsWarper(top_k)(None, scores)
-    if top_p < 1.0:
-        scores = TopPLogitsWarper(top_p)(None, scores)
-    allowed = ops.allowed_tokens(logits, top_k, top_p)
-    assert allowed.equal(scores > float("-inf"))
-    assert allowed.gather(1, logits.argmax(1, keepdim=True)).all()
+def test_forbidden_ids_are_not_drawn_where_they_are_forbidden():
+    logits, is_forbidden = torch.randn(3000, 5), torch.arange(3000) % 2 == 0
+    ids = torch.tensor([4, 1, 4, 99, -1])  # twice, and outside the vocabulary
+    tokens, logprobs, _, kept, _ = draw(logits, forbidden_ids=ids, is_forbidden=is_forbidden)
+    logp = log_distribution(logits)
+    assert set(tokens[is_forbidden].tolist()) == {0, 2, 3}
+    assert set(tokens[~is_forbidden].tolist()) == set(range(5))
+    torch.testing.assert_close(logprobs.double(), logp[range(3000), tokens], **close(torch.float32, 8))
+    expected = torch.where(is_forbidden, logp[:, [0, 2, 3]].exp().sum(-1), 1.0)
+    torch.testing.assert_close(kept.double(), expected, **close(torch.float32, 8))
+    for everywhere in (None, torch.ones(3000, dtype=torch.bool)):
+        drawn = draw(logits, forbidden_ids=ids, is_forbidden=everywhere)[0]
+        assert drawn[is_forbidden].equal(tokens[is_forbidden])
+        assert set(drawn.tolist()) == {0, 2, 3}
 
 
-def test_allowed_tokens_keep_ties_of_the_last_one():
-    logits = torch.tensor([[1.0, 2.0, 1.0, 0.0]])
-    assert ops.allowed_tokens(logits, 2, 1.0).tolist() == [[True, True, True, False]]
-    assert ops.allowed_tokens(logits, 2, 1.0).equal(TopKLogitsWarper(2)(None, logits) > float("-inf"))
-
-
-def test_allowed_tokens_by_hand():
-    logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]], dtype=torch.float64))
-    assert ops.allowed_tokens(logits, 0, 0.65).tolist() == [[False, True, False, True]]  # 0.4 + 0.3 reach 0.65
-    assert ops.allowed_tokens(logits, 0, 0.75).tolist() == [[False, True, True, True]]
-    # After top-k of 2, 0.4 alone is 4/7 = 0.571 of what is left.
-    assert ops.allowed_tokens(logits, 2, 0.57).tolist() == [[False, True, False, False]]
-    assert ops.allowed_tokens(logits, 2, 0.58).tolist() == [[False, True, False, True]]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_allowed_tokens_far_below_the_others_are_drawn_all_the_same(dtype):
+@pytest.mark.parametrize("how", [{}, {"top_k": 2}, {"top_p": 0.95}, {"greedy": True}])
+def test_what_is_far_below_the_forbidden_is_drawn_all_the_same(how):
     # e^-1200 is 0 in any dtype, so the allowed tokens have no mass to be seen beside the forbidden one.
-    logits = torch.tensor([[1200.0, 1.0, 0.0, 2.0, 0.0, 3.0, 0.0, 0.0]], dtype=dtype)
-    allowed = torch.tensor([[False, True, False, False, False, True, False, False]])
-    expected = torch.tensor([1.0, 3.0]).softmax(0)  # of tokens 1 and 5
-    uniforms = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    rows = logits.expand(1000, -1)
-    tokens, _, _, kept = ops.sample_tokens(rows, uniforms, allowed.expand(1000, -1))
-    assert set(tokens.tolist()) == {1, 5}
-    assert (tokens == 1).float().mean().item() == pytest.approx(expected[0].item(), abs=2e-3)
-    assert kept.eq(0).all()
-    best = ops.allowed_tokens(logits.masked_fill(~allowed, float("-inf")), 1, 1.0)
-    assert ops.sample_tokens(logits, torch.tensor([0.5]), best)[0].tolist() == [5]
+    logits = torch.tensor([1200.0, 1.0, -500.0, 2.0, -500.0, 3.0]).expand(1000, -1)
+    tokens, logprobs, _, kept, _ = draw(logits, forbidden_ids=torch.tensor([0, 3]), **how)
+    share = (tokens == 5).float().mean().item()
+    assert share == 1 if "greedy" in how else share == pytest.approx(0.8808, abs=0.05)
+    assert set(tokens.tolist()) <= {1, 5}
+    assert logprobs.tolist() == pytest.approx((logits[0, tokens] - 1200.0).tolist())
+    assert kept.eq(1 if "greedy" in how else 0).all()
+
+
+def test_when_everything_possible_is_forbidden_the_logprob_says_so():
+    logits = torch.tensor([[1.0, 2.0, float("-inf")], [1.0, 2.0, 3.0]])
+    for greedy in (False, True):
+        tokens, logprobs, *_ = draw(logits, forbidden_ids=torch.tensor([0, 1]), greedy=greedy)
+        assert logprobs.isnan().tolist() == [True, False]
+        assert tokens[1] == 2
+
+
+def test_greedy_takes_the_first_of_the_most_probable():
+    logits = torch.full((4, 1001), -1.0)
+    logits[0, [300, 1000]], logits[1, 1000], logits[2, 0] = 2.0, 3.0, -0.5
+    how = {"greedy": True, "temperature": 0.7}
+    tokens, logprobs, entropies, kept, _ = draw(logits, **how)
+    assert tokens.tolist() == [300, 1000, 0, 0]
+    assert kept.tolist() == [1.0] * 4
+    logp = log_distribution(logits, 0.7)
+    torch.testing.assert_close(logprobs.double(), logp[range(4), tokens], **close(torch.float32, 8))
+    torch.testing.assert_close(entropies.double(), -(logp.exp() * logp).sum(-1), **close(torch.float32, 8))
+    assert draw(logits, forbidden_ids=torch.tensor([300]), **how)[0].tolist() == [1000, 1000, 0, 0]
+    assert draw(logits, seed=8, top_k=3, top_p=0.1, **how)[0].tolist() == [300, 1000, 0, 0]
+
+
+def test_rows_may_lie_apart_and_numbers_may_be_views():
+    logits, places = torch.randn(5, 700), torch.arange(10).view(5, 2)
+    expected = ops.sample_tokens(logits, 1, places[:, 0].clone(), places[:, 1].clone(), top_p=0.9)
+    for view in (torch.randn(5, 800)[:, 50:750].copy_(logits), logits.t().contiguous().t()):
+        tokens, *records = ops.sample_tokens(view, 1, places[:, 0], places[:, 1], top_p=0.9)
+        assert tokens.equal(expected[0])
+        for part, whole in zip(records, expected[1:], strict=True):
+            torch.testing.assert_close(part, whole, **close(torch.float32))
+    assert [len(part) for part in draw(torch.zeros(0, 7))] == [0] * 5
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"temperature": 0.0}, "temperature is 0.0, expected a finite number above 0; greedy=True"),
+        ({"logit_scale": -1.0}, "logit_scale is -1.0"),
+        ({"softcap": float("inf")}, "softcap is inf"),
+        ({"top_k": -1}, "top_k is -1, expected at least 0"),
+        ({"top_p": 0.0}, "top_p is 0.0, expected above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"is_forbidden": torch.ones(3)}, r"is_forbidden is torch.float32 \(3,\), expected torch.bool \(2,\)"),
+        ({"forbidden_ids": torch.ones(3)}, r"forbidden_ids is torch.float32 \(3,\), expected torch.int64 \(3,\)"),
+        (
+            {"requests": torch.zeros(3, dtype=torch.int64)},
+            r"requests is torch.int64 \(3,\), expected torch.int64 \(2,\)",
+        ),
+        ({"logits": torch.zeros(3)}, r"logits are torch.float32 \(3,\), expected floating point \(N, V\)"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(how, message):
+    two = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        ops.sample_tokens(**({"logits": torch.zeros(2, 5), "seed": 0, "requests": two, "positions": two} | how))

@@ -150,7 +150,8 @@ class _Decoder:
         self.head: LanguageHead = language_head(model)
         self.value_head = getattr(model, "v_head", None)
         self.device = causal_lm(model).device
-        self.end_ids = torch.tensor(sorted(stopping.ids), dtype=torch.int64, device=self.device)
+        possible = sorted(end for end in stopping.ids if 0 <= end < len(self.head.weight))
+        self.end_ids = torch.tensor(possible, dtype=torch.int64, device=self.device)
 
     def run(self) -> None:
         while self.rows.waiting or self.rows.active:
@@ -209,29 +210,25 @@ class _Decoder:
                 self.cache.release(row)
 
     def _sample(self, hidden: Tensor, requests: list[int]) -> Draw:
-        sampling = self.sampling
-        logits = self.head.logits(hidden, sampling.temperature if sampling.do_sample else 1.0)
-        drawn = [self.requests.drawn[request] for request in requests]
-        allowed = self._allowed(logits, drawn)
-        index = torch.tensor(requests, device=self.device)
-        uniforms = self.requests.uniforms[index, torch.tensor(drawn, device=self.device)]
-        if not sampling.do_sample:
-            seen = logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
-            allowed = ops.allowed_tokens(seen, 1, 1.0)
-        result = ops.sample_tokens(logits, uniforms, allowed)
-        kept = result[3] if sampling.do_sample else torch.ones_like(result[3])
+        sampling, head = self.sampling, self.head
+        result = ops.sample_tokens(
+            torch.nn.functional.linear(hidden, head.weight, head.bias),
+            self.requests.seed,
+            *self.requests.places(requests),
+            temperature=sampling.temperature if sampling.do_sample else 1.0,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            greedy=not sampling.do_sample,
+            **self._forbidden(requests),
+        )
         values = None if self.value_head is None else self.value_head(hidden).squeeze(-1)
-        return Draw(result[0], result[1], result[2], kept, values)
+        return Draw(*result, values)
 
-    def _allowed(self, logits: Tensor, drawn: list[int]) -> Tensor | None:
-        """Return the mask of the tokens that may be drawn, or None if all may."""
-        sampling, allowed = self.sampling, None
-        too_early = [count < sampling.min_new_tokens for count in drawn]
-        if any(too_early) and len(self.end_ids):
-            allowed = torch.ones_like(logits, dtype=torch.bool)
-            ends = self.end_ids[(self.end_ids >= 0) & (self.end_ids < logits.shape[-1])]
-            allowed[torch.tensor(too_early, device=self.device).nonzero(), ends] = False
-        if sampling.is_truncated:
-            seen = logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
-            allowed = ops.allowed_tokens(seen, sampling.top_k, sampling.top_p)
-        return allowed
+    def _forbidden(self, requests: list[int]) -> dict[str, Tensor]:
+        """Name the rows that are too short to end, and the ids that would end them."""
+        is_early = [self.requests.drawn[request] < self.sampling.min_new_tokens for request in requests]
+        if not any(is_early) or not len(self.end_ids):
+            return {}
+        return {"forbidden_ids": self.end_ids, "is_forbidden": torch.tensor(is_early, device=self.device)}

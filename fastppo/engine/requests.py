@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastppo import ops
 from fastppo.types import Rollout, edits_of, offsets_of
 
 
@@ -25,20 +24,26 @@ class Draw:
 
 
 class Requests:
-    """N requests, their limits and random numbers, and the records of the tokens drawn for them."""
+    """N requests, their limits, and the records of the tokens drawn for them.
+
+    `first_id` is the number of the first one: with `seed` and the token's position it decides every draw.
+    """
 
     def __init__(self, prompts: Sequence[Tensor], limits: Sequence[int], seed: int, first_id: int):
         self.prompts, self.limits = tuple(prompts), list(limits)
         count, longest = len(prompts), max(limits, default=1)
         device = prompts[0].device if prompts else torch.device("cpu")
-        ids = torch.arange(first_id, first_id + count)[:, None].expand(count, longest)
-        positions = torch.arange(longest).expand(count, longest)
-        self.uniforms = ops.uniforms(seed, ids, positions).to(device)
+        self.seed, self.first_id = seed, first_id
         self.tokens = torch.zeros(count, longest, dtype=torch.int64, device=device)
         self.records = torch.zeros(4, count, longest, device=device)  # logprob, entropy, kept mass, value
         self.has_values = False
         self.drawn = [0] * count
         self.finished = [False] * count
+
+    def places(self, requests: list[int]) -> Tensor:
+        """Return number and next position (2, N) int64 of these requests: what their next draw depends on."""
+        numbers = [self.first_id + request for request in requests]
+        return torch.tensor([numbers, [self.drawn[request] for request in requests]], device=self.tokens.device)
 
     def record(self, requests: list[int], draw: Draw) -> None:
         """Keep what was drawn for these requests, in their order."""

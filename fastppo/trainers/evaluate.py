@@ -52,8 +52,8 @@ def evaluate(
 def token_logprobs(model: Any, hidden: Tensor, samples: Samples, tokens: Tensor) -> Tensor:
     """Return log π (T',) of the samples' tokens numbered `tokens`, from the hidden states (T', H) before them."""
     head = language_head(model)
-    labels = samples.labels[tokens]
-    return ops.linear_logprobs(hidden, head.weight, labels, **head.arguments(samples.temperature))[0]
+    labels, shape = samples.labels[tokens], head.arguments(samples.temperature)
+    return ops.linear_logprobs(hidden, head.weight, labels, ignore_index=None, **shape)[0]
 
 
 def _recorded(samples: Samples, rollout: Rollout) -> Tensor:

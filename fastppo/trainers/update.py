@@ -97,18 +97,16 @@ def _group_loss(
     hidden = response_hidden(model, experience.samples, group)
     head, weights = language_head(model), minibatch.weights[tokens]
     old = None if minibatch.is_first else experience.evaluation.logprobs[tokens]
-    policy_loss = ppo.PolicyLoss(
+    policy_loss = ops.PPOLoss(
         old_logprobs=old,
         advantages=experience.advantages[tokens],
         weights=weights,
         clip_low=config.cliprange,
         clip_high=config.cliprange if config.cliprange_high is None else config.cliprange_high,
         entropy_coef=config.entropy_coef,
-        logprobs=torch.empty_like(weights),
-        entropies=torch.empty_like(weights),
     )
     labels, shape = experience.samples.labels[tokens], head.arguments(experience.samples.temperature)
-    total = ops.linear_loss(hidden, head.weight, labels, policy_loss, **shape)
+    total = ops.linear_loss(hidden, head.weight, labels, policy_loss, ignore_index=None, **shape)
     values = model.v_head(hidden).squeeze(-1)
     old_values, returns = experience.evaluation.values[tokens], experience.returns[tokens]
     value_loss = ops.clipped_value_loss(values, old_values, returns, config.cliprange_value)

@@ -1,0 +1,13 @@
+// setup.py compiles this file for the instruction set in its name.
+#include "head_rows.inc.hpp"
+#include "kernels.hpp"
+#include "sampling.inc.hpp"
+
+namespace fastppo {
+
+const Kernels& kernels_generic() {
+  static const Kernels kernels = {"generic", head_kernels, sampling_kernels};
+  return kernels;
+}
+
+}  // namespace fastppo

@@ -1,0 +1,35 @@
+"""The operations of `reference.py` under the same names, each on the fastest backend for its tensors.
+
+Usable without the trainer, by other trainers too. `linear_logprobs`, `linear_loss` and `linear_kl` go from hidden
+states to log-probs, a loss with its gradients, or an exact KL, and never hold [rows x vocabulary].
+"""
+
+from fastppo.ops.backends import backend, use_backend
+from fastppo.ops.chunks import chunk_rows
+from fastppo.ops.flat import gae, pack
+from fastppo.ops.logprobs import linear_kl, linear_logprobs
+from fastppo.ops.loss import linear_loss
+from fastppo.ops.ppo_loss import PPOLoss, ppo_loss
+from fastppo.ops.sampling import sample_tokens
+from fastppo.reference import clipped_policy_loss, clipped_value_loss, kl_penalty, scaled_logits, whiten
+from fastppo.reference_sampling import uniforms
+
+__all__ = [
+    "PPOLoss",
+    "backend",
+    "chunk_rows",
+    "clipped_policy_loss",
+    "clipped_value_loss",
+    "gae",
+    "kl_penalty",
+    "linear_kl",
+    "linear_logprobs",
+    "linear_loss",
+    "pack",
+    "ppo_loss",
+    "sample_tokens",
+    "scaled_logits",
+    "uniforms",
+    "use_backend",
+    "whiten",
+]

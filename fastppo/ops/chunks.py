@@ -1,0 +1,109 @@
+"""The language-model head chunk by chunk: which rows, and their raw logits in a buffer that is used again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo.ops.rows import Reference, Scaling
+
+# Rows of a chunk follow from vocabulary and device alone, so that a result does not depend on how many rows there are.
+_CHUNK_BYTES = {"cpu": 64 * 2**20, "small card": 256 * 2**20, "large card": 1024 * 2**20}
+# The matmuls want hundreds of rows: with fewer, reading the weight costs more than the arithmetic.
+_MIN_CHUNK_ROWS = 256
+_ROW_MULTIPLE = 64
+_SMALL_CARD_BYTES = 24 * 2**30
+
+
+def chunk_rows(vocabulary: int, device: torch.device | None = None) -> int:
+    """Return how many rows of the head are computed at a time for this vocabulary on this device (CPU by default)."""
+    size = "cpu"
+    if device is not None and device.type == "cuda":
+        size = "small card" if is_small_card(device) else "large card"
+    rows = _CHUNK_BYTES[size] // (4 * vocabulary)
+    return max(_MIN_CHUNK_ROWS, rows // _ROW_MULTIPLE * _ROW_MULTIPLE)
+
+
+def is_small_card(device: torch.device) -> bool:
+    """Whether a CUDA device has at most 24 GiB of memory."""
+    return bool(torch.cuda.get_device_properties(device).total_memory <= _SMALL_CARD_BYTES)
+
+
+def cut(num_rows: int, step: int, offsets: Tensor | None = None) -> list[slice]:
+    """Cut rows into chunks of `step`; given offsets (B + 1,), into whole sequences of at most `step` rows together.
+
+    A sequence that is longer than `step` is a chunk of its own.
+    """
+    if offsets is None:
+        return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+    chunks, start, end = [], 0, 0
+    for bound in offsets.tolist()[1:]:
+        if bound - start > step and end > start:
+            chunks.append(slice(start, end))
+            start = end
+        end = bound
+    return [*chunks, slice(start, end)] if end > start else chunks
+
+
+class RefHead(NamedTuple):
+    """The head of the model that the exact KL is measured from: hidden (T, H'), weight (V, H'), bias, scaling."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    scaling: Scaling
+
+
+class LogitBuffer:
+    """Raw logits (C, V) of a chunk, always in the same place, which is that of their gradient too if it can be."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int):
+        self.weight, self.bias = weight, bias
+        is_low = weight.dtype in (torch.float16, torch.bfloat16)
+        # bf16 logits cost 0.02 nats a token, as much as a step of PPO moves. Only CUDA's matmul can widen its result.
+        self.dtype = torch.float32 if is_low and weight.device.type == "cuda" else weight.dtype
+        self.buffer = weight.new_empty(rows, len(weight), dtype=self.dtype)
+        self._gradient = self.buffer if self.dtype == weight.dtype else None
+
+    def fill(self, hidden: Tensor) -> Tensor:
+        """Return the raw logits (C, V) of hidden (C, H)."""
+        out, transposed = self.buffer[: len(hidden)], self.weight.t()
+        if self.dtype != hidden.dtype:
+            torch.mm(hidden, transposed, out_dtype=self.dtype, out=out)
+            return out if self.bias is None else out.add_(self.bias)
+        if self.bias is None:
+            return torch.mm(hidden, transposed, out=out)
+        return torch.addmm(self.bias, hidden, transposed, out=out)
+
+    def gradient(self, rows: int) -> Tensor:
+        """Return where dLoss/d(logits) of `rows` rows goes, in the weight's dtype."""
+        if self._gradient is None:
+            self._gradient = self.weight.new_empty(len(self.buffer), len(self.weight))
+        return self._gradient[:rows]
+
+
+class Chunk(NamedTuple):
+    """One chunk: its rows, the buffer that holds its raw logits (C, V), those, and the reference's if there is one."""
+
+    rows: slice
+    buffer: LogitBuffer
+    logits: Tensor
+    ref: Reference | None
+
+
+def passes(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ref: RefHead | None, offsets: Tensor | None = None
+) -> Iterator[Chunk]:
+    """Yield the chunks in order; each is overwritten by the next."""
+    chunks = cut(len(hidden), chunk_rows(len(weight), weight.device), offsets)
+    most = max((rows.stop - rows.start for rows in chunks), default=0)
+    buffer = LogitBuffer(weight, bias, most)
+    ref_buffer = None if ref is None else LogitBuffer(ref.weight, ref.bias, most)
+    for rows in chunks:
+        other = None
+        if ref is not None and ref_buffer is not None:
+            other = Reference(ref_buffer.fill(ref.hidden[rows]), ref.scaling)
+        yield Chunk(rows, buffer, buffer.fill(hidden[rows]), other)
