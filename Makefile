@@ -9,7 +9,7 @@ PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 TORCH ?= $(if $(shell command -v nvidia-smi),,torch==2.13.0)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint fix types bench bench-peers size check
+.PHONY: help install demo test test-all lint fix types bench bench-head bench-peers mutants size check
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,8 +46,15 @@ types: $(STAMP) ## mypy --strict on the package
 bench: $(STAMP) ## time a whole PPO iteration
 	$(PY) -m benchmarks.step
 
-bench-peers: $(STAMP) ## make the environments of the libraries that the benchmark compares with
+bench-head: $(STAMP) ## time the loss head and the sampler, against the peers that `make bench-peers` has installed
+	$(if $(wildcard .venv-head/bin/python),.venv-head/bin/python,$(PY)) -m benchmarks.head
+	$(PY) -m benchmarks.sampling
+
+bench-peers: $(STAMP) ## make the environments of the libraries that the benchmarks compare with
 	sh benchmarks/peers/install.sh
+
+mutants: $(STAMP) ## put known bugs into a copy of the source: the tests must fail on each (half an hour)
+	$(PY) tests/mutations.py
 
 size: $(STAMP) ## lines per file, held under the ceilings
 	$(PY) tests/size.py

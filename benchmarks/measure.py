@@ -4,15 +4,16 @@ import importlib.metadata
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 # A sample taken while other processes used more of a core than this says more about them than about us.
 FOREIGN_LIMIT = 0.12
-PACKAGES = ("fastppo", "torch", "transformers", "accelerate", "peft", "triton", "numpy")
+PACKAGES = ("fastppo", "torch", "transformers", "accelerate", "peft", "triton", "numpy", "trl", "liger-kernel")
 
 
 def processor() -> str:
@@ -113,6 +114,33 @@ class Sample:
     def is_clean(self, limit: float) -> bool:
         """Tell whether other processes left the machine to us."""
         return self.foreign is None or self.foreign <= limit
+
+
+@dataclass
+class Turns:
+    """What one side gathered in its turns: the samples that count, and how many did not."""
+
+    samples: list[Sample]
+    dropped: int = 0
+
+
+def take_turns(sides: dict[str, Callable[[], Sample]], wanted: int, limit: float) -> dict[str, Turns]:
+    """Let the sides take one sample each in turn until all have `wanted` clean ones or took three times as many."""
+    turns = {who: Turns([]) for who in sides}
+    for _ in range(3 * wanted):
+        for who, take in sides.items():
+            if len(turns[who].samples) == wanted:
+                continue
+            sample = take()
+            clean = sample.is_clean(limit)
+            seconds = ", ".join(f"{value:.4g} s" for value in sample.seconds.values())
+            note = "" if clean else f" (dropped: others used {sample.foreign:.2f} of a core)"
+            print(f"{who}: {seconds}{note}", file=sys.stderr)
+            if clean:
+                turns[who].samples.append(sample)
+            else:
+                turns[who].dropped += 1
+    return turns
 
 
 def rows(who: str, samples: list[Sample]) -> list[dict[str, Any]]:

@@ -25,9 +25,6 @@ inline Vec share(Vec x) {
   return is_mass ? x : Vec::of(1.0f);
 }
 
-// a where x >= least, else 0.
-inline Vec where_from(float least, Vec x, Vec a) { return where_below(least, x, Vec::of(0), a); }
-
 // The total of the values >= least; count is a multiple of the width.
 template <bool is_mass>
 inline double total_from(const float* values, std::int64_t count, float least) {
@@ -38,12 +35,12 @@ inline double total_from(const float* values, std::int64_t count, float least) {
     std::int64_t i = start;
     for (; i + 2 * Vec::width <= end; i += 2 * Vec::width) {
       const Vec x = Vec::load(values + i), y = Vec::load(values + i + Vec::width);
-      even = even + where_from(least, x, share<is_mass>(x));
-      odd = odd + where_from(least, y, share<is_mass>(y));
+      even = even + zero_below(least, x, share<is_mass>(x));
+      odd = odd + zero_below(least, y, share<is_mass>(y));
     }
     if (i < end) {
       const Vec x = Vec::load(values + i);
-      even = even + where_from(least, x, share<is_mass>(x));
+      even = even + zero_below(least, x, share<is_mass>(x));
     }
     total += sum(even + odd);
   }
@@ -174,7 +171,7 @@ inline std::int64_t gather(const T* values, std::int64_t count, const float* mos
     if (most[b] < in.low) return;
     for (std::int64_t i = 0; i < draw_block; i += Vec::width) {
       const Vec x = Vec::load(block + i);
-      sums = sums + where_from(in.high, x, share<is_mass>(x));
+      sums = sums + zero_below(in.high, x, share<is_mass>(x));
       gathered += store_within(x, in.low, in.high, out + gathered);
     }
   });

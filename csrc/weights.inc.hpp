@@ -98,7 +98,7 @@ inline double limit(const Row<T>& row, float least, const Workspace& work) {
     Vec w_sum = Vec::of(0);
     float* weights = work.weights + b * draw_block;
     for (std::int64_t i = 0; i < draw_block; i += Vec::width) {
-      const Vec w = where_from(least, Vec::load(block + i), Vec::load(weights + i));
+      const Vec w = zero_below(least, Vec::load(block + i), Vec::load(weights + i));
       w.store(weights + i);
       w_sum = w_sum + w;
     }

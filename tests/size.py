@@ -11,7 +11,9 @@ QUERY_TO_UPDATE = [
     "fastppo/types.py",
     "fastppo/engine/engine.py",
     "fastppo/ppo.py",
-    "fastppo/ops.py",
+    "fastppo/ops/loss.py",
+    "fastppo/ops/chunks.py",
+    "fastppo/ops/rows.py",
     "fastppo/reference.py",
 ]
 

@@ -56,7 +56,7 @@ LAYERS = [
     {"types", "config", "atomic"},
     {"reference", "reference_sampling"},
     {"ops"},
-    {"ppo", "attention"},
+    {"ppo", "attention", "controllers"},
     {"models"},
     {"engine"},
     {"core", "rewards", "checkpoint", "planner", "monitor"},

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tolerances import close
 
-from fastppo import ops, ppo
+from fastppo import controllers, ops, ppo
 from fastppo.config import PPOConfig
 from fastppo.types import Evaluation
 
@@ -202,13 +202,13 @@ def test_sample_sums():
     ("current", "error"), [(6.0, 0.0), (6.6, 0.1), (5.7, -0.05), (60.0, 0.2), (0.0, -0.2), (-3.0, -0.2)]
 )
 def test_adaptive_controller_moves_in_proportion_up_to_a_fifth(current, error):
-    controller = ppo.AdaptiveKLController(0.2, target=6.0, horizon=1000.0)
+    controller = controllers.AdaptiveKLController(0.2, target=6.0, horizon=1000.0)
     controller.update(current, n_steps=50)
     assert controller.value == pytest.approx(0.2 * (1 + error * 0.05))
 
 
 def test_adaptive_controller_compounds_and_the_fixed_one_stays():
-    adaptive, fixed = ppo.AdaptiveKLController(0.2, 6.0, 100.0), ppo.FixedKLController(0.2)
+    adaptive, fixed = controllers.AdaptiveKLController(0.2, 6.0, 100.0), controllers.FixedKLController(0.2)
     for _ in range(3):
         adaptive.update(100.0, 10)
         fixed.update(100.0, 10)
@@ -218,7 +218,7 @@ def test_adaptive_controller_compounds_and_the_fixed_one_stays():
 
 @pytest.mark.parametrize("sizes", [[5], [1, 1, 1], [2, 7, 1, 30]])
 def test_running_moments_are_those_of_all_numbers_together(sizes):
-    running, seen = ppo.RunningMoments(), []
+    running, seen = controllers.RunningMoments(), []
     for size in sizes:
         seen.append(1e3 + 5 * torch.randn(size))
         mean, std = running.update(seen[-1])
@@ -235,7 +235,7 @@ def test_scores_are_scaled_normalised_and_clipped_as_asked():
     std = (14 / 3) ** 0.5  # mean 3, squared distances 4 + 1 + 0 + 9
 
     def processed(**options):
-        return ppo.process_scores(scores, ppo.RunningMoments(), PPOConfig(**options))
+        return controllers.process_scores(scores, controllers.RunningMoments(), PPOConfig(**options))
 
     assert processed().equal(scores)
     assert processed(score_clip=2.5).tolist() == [1.0, 2.0, 2.5, 2.5]
@@ -248,8 +248,8 @@ def test_scores_are_scaled_normalised_and_clipped_as_asked():
 
 
 def test_scores_are_scaled_by_all_batches_so_far():
-    running, config = ppo.RunningMoments(), PPOConfig(use_score_scaling=True, use_score_norm=True)
-    alone = ppo.process_scores(torch.tensor([4.0]), running, config)
+    running, config = controllers.RunningMoments(), PPOConfig(use_score_scaling=True, use_score_norm=True)
+    alone = controllers.process_scores(torch.tensor([4.0]), running, config)
     assert alone.tolist() == [0.0]  # one number has no spread: not divided by zero
-    second = ppo.process_scores(torch.tensor([6.0, 8.0]), running, config)
+    second = controllers.process_scores(torch.tensor([6.0, 8.0]), running, config)
     torch.testing.assert_close(second, torch.tensor([0.0, 1.0]), **F32)  # mean 6, deviation 2 of 4, 6 and 8

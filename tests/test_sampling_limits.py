@@ -54,7 +54,7 @@ def test_the_set_of_a_long_row_is_that_of_the_sorted_row(top_k, top_p):
 
 
 @pytest.mark.parametrize("are_high", [True, False])
-@pytest.mark.parametrize("width", [8, 16])
+@pytest.mark.parametrize("width", [4, 8, 16])
 def test_tokens_that_mislead_whoever_looks_at_every_twelfth_vector(width, are_high):
     """Top-p and a large k are sought first where a sample of the row has them."""
     is_sampled = torch.arange(12 * 1024 + 128) // width % 12 == 0

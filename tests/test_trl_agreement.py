@@ -12,7 +12,7 @@ import torch
 from tolerances import GOLDEN_ATOL, STEP_ATOL
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from fastppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, core, ppo
+from fastppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, controllers, core
 from fastppo.trainers import padded
 
 ORACLE = json.loads((Path(__file__).parent / "data" / "trl_step_oracle.json").read_text())
@@ -84,14 +84,14 @@ def test_loss(golden):
 
 
 def test_kl_controller(golden):
-    controller = ppo.AdaptiveKLController(0.2, 6, 10000)
+    controller = controllers.AdaptiveKLController(0.2, 6, 10000)
     for current, after in golden["adaptive_kl_init.2_target6_horizon10000_nsteps256_[current,value_after]"]:
         controller.update(current, 256)
         assert controller.value == pytest.approx(after, abs=1e-8)
 
 
 def test_running_moments(golden):
-    running = ppo.RunningMoments()
+    running = controllers.RunningMoments()
     for row in golden["running_moments"]:
         mean, std = running.update(torch.tensor(row["xs"]))
         found = [mean, std, running.mean, running.std, running.count]

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Make the environments of the libraries that benchmarks/step.py compares with, next to .venv in the repository root.
-# Each has one library's last release with PPO and the versions it was measured with; run again, it does nothing.
+# Make the environments of the libraries that benchmarks/step.py and benchmarks/head.py compare with, next to .venv in
+# the repository root, each with the versions it was measured with; run again, it does nothing.
 set -eu
 cd "$(dirname "$0")/../.."
 
@@ -28,3 +28,10 @@ make_environment .venv-trl0114 torch==2.13.0 trl==0.11.4 transformers==4.46.3 ac
     datasets==3.6.0 numpy==1.26.4 'pyarrow<18' rich
 # The last release with any PPO.
 make_environment .venv-trl112 torch==2.13.0 trl==1.12.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0
+
+# For benchmarks/head.py, which runs in it: this checkout beside the peers. A path file, and the interpreter of .venv,
+# so that the extension that is already compiled serves both.
+if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi
+make_environment .venv-head torch==2.13.0 trl==1.16.0 liger-kernel==0.8.5 transformers==5.23.0 accelerate==1.15.0 \
+    datasets==5.2.0
+pwd >"$(.venv-head/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastppo_checkout.pth"

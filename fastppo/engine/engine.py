@@ -148,6 +148,8 @@ class _Decoder:
         self.cache = WindowCache()
         self.last_tokens = [0] * len(requests.prompts)
         self.head: LanguageHead = language_head(model)
+        # Computed as the update will compute them, for recorded log-probs to be the update's.
+        self.logits = ops.LogitBuffer(self.head.weight, self.head.bias, min(len(requests.prompts), max_rows))
         self.value_head = getattr(model, "v_head", None)
         self.device = causal_lm(model).device
         possible = sorted(end for end in stopping.ids if 0 <= end < len(self.head.weight))
@@ -212,7 +214,7 @@ class _Decoder:
     def _sample(self, hidden: Tensor, requests: list[int]) -> Draw:
         sampling, head = self.sampling, self.head
         result = ops.sample_tokens(
-            torch.nn.functional.linear(hidden, head.weight, head.bias),
+            self.logits.fill(hidden),
             self.requests.seed,
             *self.requests.places(requests),
             temperature=sampling.temperature if sampling.do_sample else 1.0,

@@ -5,7 +5,7 @@ states to log-probs, a loss with its gradients, or an exact KL, and never hold [
 """
 
 from fastppo.ops.backends import backend, use_backend
-from fastppo.ops.chunks import chunk_rows
+from fastppo.ops.chunks import LogitBuffer, chunk_rows
 from fastppo.ops.flat import gae, pack
 from fastppo.ops.logprobs import linear_kl, linear_logprobs
 from fastppo.ops.loss import linear_loss
@@ -15,6 +15,7 @@ from fastppo.reference import clipped_policy_loss, clipped_value_loss, kl_penalt
 from fastppo.reference_sampling import uniforms
 
 __all__ = [
+    "LogitBuffer",
     "PPOLoss",
     "backend",
     "chunk_rows",

@@ -58,7 +58,10 @@ class RefHead(NamedTuple):
 
 
 class LogitBuffer:
-    """Raw logits (C, V) of a chunk, always in the same place, which is that of their gradient too if it can be."""
+    """Raw logits of up to `rows` rows, always in the same place, which is that of their gradient too if it can be.
+
+    fp32 or wider on CUDA, in the weight's dtype on the CPU.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int):
         self.weight, self.bias = weight, bias

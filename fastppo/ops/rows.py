@@ -117,18 +117,10 @@ def ppo(u: Tensor, labels: Tensor, terms: Any, scaling: Scaling, out: Tensor | N
         return losses, stats.logprobs, stats.entropies
     from fastppo.kernels.ppo import ppo_rows
 
-    given = {"clip_low": terms.clip_low, "clip_high": terms.clip_high, "kl_coef": terms.kl_coef}
+    names = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "ref_logprobs")
+    given = {name: getattr(terms, name) for name in names} | scaling._asdict()
     result: tuple[Tensor, Tensor, Tensor] = ppo_rows(
-        u,
-        labels,
-        terms.old_logprobs,
-        terms.advantages,
-        terms.weights,
-        ref_logprobs=terms.ref_logprobs,
-        entropy_coef=terms.entropy_coef,
-        **given,
-        **scaling._asdict(),
-        out=out,
+        u, labels, terms.old_logprobs, terms.advantages, terms.weights, **given, out=out
     )
     return result
 

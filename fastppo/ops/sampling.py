@@ -43,24 +43,16 @@ def sample_tokens(
     _check_tensors(logits, requests, positions, forbidden_ids, is_forbidden)
     kind = backend(logits.device)
     if kind == "native" and logits.dtype in (torch.float32, torch.bfloat16):
-        numbers, forbidden = (seed, requests, positions), (forbidden_ids, is_forbidden)
-        return _sample_natively(logits, numbers, scaling, (top_k, top_p, greedy), forbidden)
-    limits: dict[str, Any] = {
-        "top_k": top_k,
-        "top_p": top_p,
-        "forbidden_ids": forbidden_ids,
-        "is_forbidden": is_forbidden,
-    }
+        limits, forbidden = (top_k, top_p, greedy), (forbidden_ids, is_forbidden)
+        return _sample_natively(logits, (seed, requests, positions), scaling, limits, forbidden)
+    more: dict[str, Any] = scaling._asdict() | {"top_k": top_k, "top_p": top_p}
+    more |= {"forbidden_ids": forbidden_ids, "is_forbidden": is_forbidden}
     if kind == "triton" and not greedy:
         from fastppo.kernels.sampling import sample
 
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = sample(
-            logits, seed, requests, positions, **scaling._asdict(), **limits
-        )
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = sample(logits, seed, requests, positions, **more)
         return result
-    return reference_sampling.sample_tokens(
-        logits, seed, requests, positions, **scaling._asdict(), **limits, greedy=greedy
-    )
+    return reference_sampling.sample_tokens(logits, seed, requests, positions, **more, greedy=greedy)
 
 
 def _sample_natively(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastppo import ppo
+from fastppo import controllers, ppo
 from fastppo.atomic import Pathlike
 from fastppo.config import PPOConfig
 from fastppo.core import flatten_dict, set_seed
@@ -63,10 +63,8 @@ class PPOTrainer:
         self.optimizer = optimizer if optimizer is not None else setup.make_optimizer(self.model, config)
         self.lr_scheduler = lr_scheduler or setup.make_scheduler(self.optimizer, config)
         self.has_own_schedule = lr_scheduler is not None
-        self.kl_ctl: ppo.AdaptiveKLController | ppo.FixedKLController = ppo.FixedKLController(config.init_kl_coef)
-        if config.adap_kl_ctrl:
-            self.kl_ctl = ppo.AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
-        self.running = ppo.RunningMoments(self.accelerator)
+        self.kl_ctl = controllers.make_kl_controller(config)
+        self.running = controllers.RunningMoments(self.accelerator)
         self.current_step = self.nonfinite_in_a_row = 0
         self.best_score = -math.inf
 
@@ -198,7 +196,7 @@ class PPOTrainer:
     def _process(self, scores: Tensor, samples: Samples) -> Tensor:
         if self.config.missing_eos_penalty is not None:
             scores = scores - self.config.missing_eos_penalty * (~samples.ended).to(scores)
-        return ppo.process_scores(scores, self.running, self.config)
+        return controllers.process_scores(scores, self.running, self.config)
 
     def _rewards(self, samples: Samples, evaluation: Evaluation, scores: Tensor) -> tuple[Tensor, Tensor]:
         kind = self.config.kl_penalty
