@@ -1,6 +1,10 @@
 """The C++ extension against loops written here, and its plain twins against both."""
 
+import ast
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,3 +175,22 @@ def test_pack_refuses_other_types_and_negative_lengths():
         _native.pack(np.array([1, 2], dtype=np.int32), 1, 2)
     with pytest.raises(ValueError, match=r"lengths\[1\] is -4: a sequence has zero tokens or more"):
         _native.pack(np.array([1, -4]), 1, 2)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at /proc")
+def test_one_openmp_runtime_serves_torch_and_the_kernels():
+    """Two in one process wait for each other's threads: the extension takes the one that torch has loaded."""
+    code = """
+import torch
+from fastppo import ops
+torch.set_num_threads(2)
+hidden, weight = torch.randn(64, 8), torch.randn(500, 8)
+ops.linear_logprobs(hidden, weight, torch.zeros(64, dtype=torch.int64))
+lines = open("/proc/self/maps").read().split("\\n")
+print(sorted({line.split()[-1] for line in lines if "libgomp" in line or "libomp" in line or "libiomp" in line}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = ast.literal_eval(done.stdout)
+    assert len(found) == 1, found
+    assert Path(torch.__file__).parent in Path(found[0]).parents, "not the one that torch brings"

@@ -293,3 +293,30 @@ def test_advantages_by_doubling_are_those_of_the_loop(lengths):
             deltas = [rewards[k] + (0.9 * values[k + 1] if k + 1 < end else 0.0) - values[k] for k in range(t, end)]
             expected[t] = sum((0.9 * 0.8) ** k * delta for k, delta in enumerate(deltas))
     torch.testing.assert_close(_gae_by_doubling(rewards, values, offsets, 0.9, 0.8), expected, **F64)
+
+
+def test_labels_may_lie_apart():
+    """The kernels take an address and count on."""
+    *parts, labels = make_inputs(torch.float32)
+    wide = torch.stack([labels, torch.full_like(labels, 5)], dim=1)
+    apart = wide[:, 0]
+    assert not apart.is_contiguous()
+    for ours, same in zip(
+        ops.linear_logprobs(*parts[:2], apart, bias=parts[2]),
+        ops.linear_logprobs(*parts[:2], labels, bias=parts[2]),
+        strict=True,
+    ):
+        assert ours.equal(same)
+    loss, same = (ops.linear_loss(*parts[:2], some, row_loss, ignore_index=None) for some in (apart, labels))
+    assert loss.equal(same)
+
+
+def test_without_gradients_one_matmul_serves():
+    hidden, weight, _, labels = make_inputs(torch.float32)
+    weight.requires_grad_(False)
+    with torch.no_grad():
+        assert matmul_multiplications(lambda: ops.linear_logprobs(hidden, weight, labels)) == ROWS * HIDDEN * VOCABULARY
+        assert (
+            matmul_multiplications(lambda: ops.linear_loss(hidden, weight, labels, row_loss))
+            == ROWS * HIDDEN * VOCABULARY
+        )

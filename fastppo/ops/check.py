@@ -35,10 +35,19 @@ def check_head(
     for name, part, shape in (("bias", bias, weight.shape[:1]), ("weights", weights, hidden.shape[:1])):
         if part is not None and part.shape != shape:
             raise ValueError(f"{name} has shape {tuple(part.shape)}, expected {tuple(shape)}")
+    if bias is not None and bias.dtype != weight.dtype:
+        raise ValueError(f"bias is {bias.dtype}, expected {weight.dtype}, as the weight is: use .to()")
     if not (scaling.temperature > 0 and math.isfinite(scaling.temperature)):
         raise ValueError(f"temperature is {scaling.temperature}, expected a finite number above 0")
     if scaling.softcap is not None and not (scaling.softcap >= 0 and math.isfinite(scaling.softcap)):
         raise ValueError(f"softcap is {scaling.softcap}, expected None or a finite number of at least 0")
+
+
+def without_graph(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Detach all where gradients are off: autograd tells a Function what requires one, not that none is wanted."""
+    if torch.is_grad_enabled():
+        return hidden, weight, bias
+    return hidden.detach(), weight.detach(), None if bias is None else bias.detach()
 
 
 def check_labels(labels: Tensor, vocabulary: int) -> None:

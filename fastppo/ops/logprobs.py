@@ -10,7 +10,7 @@ from torch import Tensor
 from fastppo.ops import rows as row_ops
 from fastppo.ops.accumulate import Gradients
 from fastppo.ops.backends import backend
-from fastppo.ops.check import check_head, check_labels, check_ref_head, kept_rows
+from fastppo.ops.check import check_head, check_labels, check_ref_head, kept_rows, without_graph
 from fastppo.ops.chunks import RefHead, is_small_card, passes
 from fastppo.ops.rows import Scaling, Upstream
 
@@ -83,9 +83,11 @@ def linear_logprobs(
     """
     scaling = Scaling(temperature, softcap, logit_scale)
     check_head(hidden, weight, labels, bias, scaling)
+    hidden, weight, bias = without_graph(hidden, weight, bias)
     num_rows, kept = len(labels), kept_rows(labels, ignore_index, None)
     if kept is not None:
         hidden, labels = hidden[kept], labels[kept]
+    labels = labels.contiguous()  # the kernels take its address
     check_labels(labels, len(weight))
     if _wants_tiles(hidden, weight, bias):
         from fastppo.kernels.tile_statistics import tile_statistics
@@ -126,5 +128,6 @@ def linear_kl(
     labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
     check_head(hidden, weight, labels, bias, scaling)
     ref = check_ref_head(ref_head, ref_shape, bias, scaling, hidden, weight)
+    hidden, weight, bias = without_graph(hidden, weight, bias)
     result: Tensor = _LinearStatistics.apply(hidden, weight, bias, labels, scaling, ref)[3]
     return result

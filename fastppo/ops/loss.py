@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastppo.ops import rows as row_ops
 from fastppo.ops.accumulate import Gradients
-from fastppo.ops.check import check_head, check_labels, check_ref_head, kept_rows
+from fastppo.ops.check import check_head, check_labels, check_ref_head, kept_rows, without_graph
 from fastppo.ops.chunks import Chunk, RefHead, passes
 from fastppo.ops.ppo_loss import PPOLoss
 from fastppo.ops.rows import Scaling, Statistics, Upstream
@@ -127,13 +127,13 @@ def linear_loss(
     scaling = Scaling(temperature, softcap, logit_scale)
     check_head(hidden, weight, labels, bias, scaling, weights)
     ref = None if ref_head is None else check_ref_head(ref_head, ref_shape, bias, scaling, hidden, weight)
-    if not torch.is_grad_enabled():  # autograd tells a Function what requires a gradient, not that none is wanted
-        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    hidden, weight, bias = without_graph(hidden, weight, bias)
     numbers = torch.arange(len(labels), device=labels.device)
-    hidden, given = _read_rows(hidden, _LossPass(labels, numbers, weights, loss, scaling, ref, offsets), ignore_index)
+    hidden, given = _read_rows(
+        hidden, _LossPass(labels.contiguous(), numbers, weights, loss, scaling, ref, offsets), ignore_index
+    )
     check_labels(given.labels, len(weight))
-    result: Tensor = _LinearLoss.apply(hidden, weight, bias, given)
-    return result
+    return _LinearLoss.apply(hidden, weight, bias, given)  # type: ignore[no-any-return]
 
 
 def _read_rows(hidden: Tensor, given: _LossPass, ignore_index: int | None) -> tuple[Tensor, _LossPass]:
