@@ -35,8 +35,8 @@ MUTATIONS = [
         "tail joins the sum (Triton)",
         "verl: padded columns without a mask",
         "kernels/scaling.py",
-        'return tl.where(inside, scale(u, inner, outer, HAS_SOFTCAP), float("-inf"))',
-        "return scale(u, inner, outer, HAS_SOFTCAP)",
+        'return u, tl.where(inside, scale(u, inner, outer, HAS_SOFTCAP), float("-inf"))',
+        "return u, scale(u, inner, outer, HAS_SOFTCAP)",
         TRITON,
     ),
     Mutation(
@@ -45,9 +45,9 @@ MUTATIONS = [
         "kernels/scaling.py",
         """    u = tl.load(row_ptr + columns, mask=inside, other=0.0).to(ACC)
     # The tail is masked after scaling, where a cap can no longer turn -inf into a finite number.
-    return tl.where(inside, scale(u, inner, outer, HAS_SOFTCAP), float("-inf"))""",
+    return u, tl.where(inside, scale(u, inner, outer, HAS_SOFTCAP), float("-inf"))""",
         """    u = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(ACC)
-    return scale(u, inner, outer, HAS_SOFTCAP)""",
+    return u, scale(u, inner, outer, HAS_SOFTCAP)""",
         TRITON,
     ),
     Mutation(
