@@ -68,10 +68,11 @@ void gradient_of_row(const HeadRows& rows, std::int64_t row, const Factors& f, c
   const T* u_ref = has_kl ? row_of<T>(rows.ref_logits, row) : nullptr;
   const bool is_valid = label >= 0 && label < vocabulary;
   // The label's own, before its logit may be overwritten. 1 - p comes from expm1, exact also where p is almost 1.
-  const float z_label = is_valid ? scaled(u, label, f) : __builtin_nanf("");
+  float slope = 1.0f, ref_slope;
+  if (is_valid) scaled(u, label, f, &slope);
   const float lp = t.logprob > log_floor ? t.logprob : log_floor;
   float slope_label = t.l - t.e * (lp + t.entropy);
-  if (has_kl) slope_label += t.k * (lp - static_cast<float>(scaled(u_ref, is_valid ? label : 0, f_ref) - t.ref_logsumexp) - t.kl);
+  if (has_kl) slope_label += t.k * (lp - static_cast<float>(scaled(u_ref, is_valid ? label : 0, f_ref, &ref_slope) - t.ref_logsumexp) - t.kl);
   const float dz_label = -t.g * __builtin_expm1f(t.logprob) + __builtin_expf(lp) * slope_label;
   const float factor = rows.scaling.logit_scale * rows.scaling.inverse_temperature;
   for (std::int64_t start = 0; start < vocabulary; start += block_size) {
@@ -82,10 +83,7 @@ void gradient_of_row(const HeadRows& rows, std::int64_t row, const Factors& f, c
       gradient_of_block<false>(u + start, u_ref, count, f, f_ref, factor, t, out + start);
     }
   }
-  if (is_valid) {
-    const double x = f.is_capped ? static_cast<double>(z_label) / f.outer : 0.0;
-    from_float(static_cast<float>(dz_label * factor * (1.0 - x * x)), out + label);
-  }
+  if (is_valid) from_float(dz_label * factor * slope, out + label);
 }
 
 struct Coefficient {
@@ -102,7 +100,7 @@ inline Coefficient ppo_coefficient(float logprob, const PPOTerms& t, std::int64_
   const float plain = advantage == 0 ? 0.0f : -advantage * ratio, clipped = -advantage * within;
   const bool is_clipped = clipped > plain;
   Coefficient out = {is_clipped ? clipped : plain, is_clipped ? 0.0f : plain};
-  if (t.ref_logprobs) {
+  if (t.ref_logprobs && t.kl_coef != 0) {
     out.loss += t.kl_coef * (logprob - t.ref_logprobs[row]);
     out.g += t.kl_coef;
   }

@@ -66,7 +66,8 @@ inline float largest_of(const float* z, std::int64_t count, float floor) {
   return largest(max(even, odd));
 }
 
-// m = max z, s = Σ exp(z - m), a = Σ exp(z - m) (z - m) and, with a reference, d = Σ exp(z - m) (z - z_ref).
+// m = max z, s = Σ exp(z - m), a = Σ exp(z - m) (z - m) and, with a reference, d = Σ exp(z - m) (z - m - z_ref + m_ref):
+// each taken from its own maximum, since models may differ by a constant that would swallow their difference.
 struct RowSums {
   float m = lowest;
   double s = 0, a = 0, d = 0;
@@ -76,8 +77,8 @@ struct RowSums {
     if (!(to > m)) return;
     const double shift = static_cast<double>(m) - to, scale = __builtin_exp(shift);
     a = scale * (a + s * shift);
+    d = scale > 0 ? scale * (d + s * shift) : 0;  // of a row's beginning, where d may be infinite and counts nothing
     s *= scale;
-    d *= scale;
     m = to;
   }
   double log_s() const { return __builtin_log(s); }
@@ -108,19 +109,20 @@ inline void add_block(const float* z, std::int64_t count, RowSums* sums) {
   sums->a += sum(even.a + odd.a);
 }
 
-inline void add_difference(const float* z, const float* z_ref, std::int64_t count, RowSums* sums) {
-  const Vec m = Vec::of(sums->m);
+inline void add_difference(const float* z, const float* z_ref, float ref_m, std::int64_t count, RowSums* sums) {
+  const Vec m = Vec::of(sums->m), m_ref = Vec::of(ref_m);
   Vec d = Vec::of(0);
   for (std::int64_t i = 0; i < count; i += Vec::width) {
-    const Vec here = Vec::load(z + i);
-    const Vec p = exp(here - m);
-    d = d + where_positive(p, p * (here - Vec::load(z_ref + i)));
+    const Vec here = Vec::load(z + i) - m;
+    const Vec p = exp(here);
+    d = d + where_positive(p, p * (here - (Vec::load(z_ref + i) - m_ref)));
   }
   sums->d += sum(d);
 }
 
 template <typename T>
-inline RowSums row_sums(const T* u, const T* u_ref, std::int64_t vocabulary, const Factors& f, const Factors& f_ref) {
+inline RowSums row_sums(const T* u, std::int64_t vocabulary, const Factors& f, const T* u_ref, const Factors& f_ref,
+                        float ref_m) {
   alignas(64) float z[block_size], z_ref[block_size], slope[block_size];
   RowSums sums;
   for (std::int64_t start = 0; start < vocabulary; start += block_size) {
@@ -130,16 +132,23 @@ inline RowSums row_sums(const T* u, const T* u_ref, std::int64_t vocabulary, con
     add_block(z, count, &sums);
     if (u_ref != nullptr) {
       scale_block(u_ref + start, wanted, f_ref, z_ref, slope);
-      add_difference(z, z_ref, count, &sums);
+      add_difference(z, z_ref, ref_m, count, &sums);
     }
   }
   return sums;
 }
 
+// One scaled logit and, with a cap, the derivative of its tanh: by the vector functions, so that a label's logit is to
+// the last bit what it is among the others.
 template <typename T>
-inline float scaled(const T* u, std::int64_t at, const Factors& f) {
-  const float x = to_float(u[at]);
-  return f.outer * (f.is_capped ? __builtin_tanhf(f.inner * x) : x);
+inline float scaled(const T* u, std::int64_t at, const Factors& f, float* slope) {
+  Vec x = Vec::of(to_float(u[at])), derivative = Vec::of(1.0f);
+  if (f.is_capped) x = tanh(x * Vec::of(f.inner), &derivative);
+  float lanes[Vec::width];
+  derivative.store(lanes);
+  *slope = lanes[0];
+  (x * Vec::of(f.outer)).store(lanes);
+  return lanes[0];
 }
 
 template <typename T>
@@ -147,19 +156,20 @@ void statistics_of_row(const HeadRows& rows, std::int64_t row, const Factors& f,
                        const RowStatistics& out) {
   const T* u = row_of<T>(rows.logits, row);
   const T* u_ref = rows.ref_logits.data ? row_of<T>(rows.ref_logits, row) : nullptr;
-  const RowSums sums = row_sums(u, u_ref, rows.vocabulary, f, f_ref);
+  const RowSums ref = u_ref ? row_sums<T>(u_ref, rows.vocabulary, f_ref, nullptr, f_ref, 0) : RowSums();
+  const RowSums sums = row_sums(u, rows.vocabulary, f, u_ref, f_ref, ref.m);
   const bool is_empty = sums.s == 0;  // nothing but -inf: log-prob -inf and entropy 0 by definition
   const std::int64_t label = rows.labels[row];
   const bool is_valid = label >= 0 && label < rows.vocabulary;
   const double log_s = sums.log_s();
-  const double shifted = is_valid ? static_cast<double>(scaled(u, label, f)) - sums.m : __builtin_nan("");
+  float slope;
+  const double shifted = is_valid ? static_cast<double>(scaled(u, label, f, &slope)) - sums.m : __builtin_nan("");
   out.logprobs[row] = is_valid && is_empty ? minus_infinity() : static_cast<float>(shifted - log_s);
   out.entropies[row] = is_empty ? 0.0f : static_cast<float>(log_s - sums.a / sums.s);
   out.logsumexps[row] = sums.m + log_s;
   if (u_ref == nullptr) return;
-  const RowSums ref = row_sums<T>(u_ref, nullptr, rows.vocabulary, f_ref, f_ref);
   out.ref_logsumexps[row] = ref.logsumexp();
-  out.kl[row] = static_cast<float>(sums.d / sums.s - (sums.m - static_cast<double>(ref.m)) - (log_s - ref.log_s()));
+  out.kl[row] = is_empty ? 0.0f : static_cast<float>(sums.d / sums.s - log_s + ref.log_s());
 }
 
 }  // namespace

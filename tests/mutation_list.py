@@ -85,8 +85,8 @@ MUTATIONS = [
         "true class left out (C++)",
         "dL/dz without its one-hot term",
         HEAD_H,
-        "  if (is_valid) {\n    const double x",
-        "  if (false) {\n    const double x",
+        "  if (is_valid) from_float(dz_label",
+        "  if (false) from_float(dz_label",
         ROWS,
     ),
     Mutation(
@@ -116,7 +116,7 @@ MUTATIONS = [
     Mutation(
         "entropy gradient dropped (reference)",
         "TRL's chunked log-prob: e is ignored",
-        "fastppo/ops/rows.py",
+        "fastppo/ops/reference_rows.py",
         "    if e is not None:\n        dz -=",
         "    if e is not None and False:\n        dz -=",
         HEAD,
@@ -245,8 +245,8 @@ MUTATIONS = [
         "weightless rows are computed",
         "positions that no loss reads are projected",
         "fastppo/ops/check.py",
-        "is_kept &= weights != 0",
-        "is_kept &= weights == weights",
+        "is_kept &= weight != 0",
+        "is_kept &= weight == weight",
         HEAD,
     ),
     Mutation(

@@ -45,6 +45,14 @@ def build(folder: Path) -> None:
         raise RuntimeError(f"the C++ extension does not compile:\n{done.stderr[-4000:]}")
 
 
+def check_baseline(folder: Path, chosen: list[Mutation]) -> None:
+    """Raise RuntimeError unless the tests pass before anything is changed: else their failing would say nothing."""
+    tests = sorted({name for mutation in chosen for name in mutation.tests})
+    done = run(folder, ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests])
+    if done.returncode:
+        raise RuntimeError(f"the tests fail without any bug put in:\n{done.stdout[-4000:]}")
+
+
 def apply(folder: Path, mutation: Mutation) -> str:
     """Put the bug in and return the text that was there before."""
     path = folder / mutation.file
@@ -88,6 +96,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_checkout(folder)
+        check_baseline(folder, chosen)
         for mutation in chosen:
             is_noticed = check(folder, mutation)
             print(f"{'fails, as it must' if is_noticed else 'NOT NOTICED':18} {mutation.name}", flush=True)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastppo import ops
 from fastppo.ops import chunks
+from fastppo.ops import rows as rows_module
 
 ROWS, HIDDEN, VOCABULARY = 11, 5, 37
 F64 = close(torch.float64, 100)
@@ -259,8 +260,12 @@ def test_what_does_not_fit_is_refused():
     for arguments, more, message in [
         ((hidden[0], weight, labels), {}, r"hidden is \(5,\) and weight \(37, 5\), expected \(T, H\) and \(V, H\)"),
         ((hidden, weight[:, :4], labels), {}, r"weight \(37, 4\)"),
-        ((hidden, weight.bfloat16(), labels), {}, r"torch\.float32 and weight torch\.bfloat16, expected one floating"),
-        ((hidden, weight, labels[:3]), {}, r"labels are torch\.int64 \(3,\), expected torch\.int64 \(11,\)"),
+        (
+            (hidden, weight.bfloat16(), labels),
+            {},
+            r"weight is torch\.bfloat16 on cpu, expected torch\.float32",
+        ),
+        ((hidden, weight, labels[:3]), {}, r"labels has shape \(3,\) on cpu, expected \(11,\)"),
         ((hidden, weight, labels.int()), {}, r"labels are torch\.int32"),
         ((hidden, weight, labels + 1), {}, r"labels reach from 1 to 37, expected 0 to 36"),
         ((hidden, weight, labels), {"bias": bias[:4]}, r"bias has shape \(4,\), expected \(37,\)"),
@@ -276,8 +281,142 @@ def test_what_does_not_fit_is_refused():
         ops.linear_kl((hidden, weight), (hidden[:3], weight))
     with pytest.raises(ValueError, match=r"kl_coef=0\.1 weighs a penalty from ref_logprobs, which are None"):
         ops.PPOLoss(None, torch.ones(2), torch.ones(2), kl_coef=0.1)
-    with pytest.raises(ValueError, match=r"advantages has shape \(2,\), expected that of logprobs, \(3,\)"):
+    with pytest.raises(ValueError, match=r"advantages has shape \(2,\) on cpu, expected \(3,\) on cpu"):
         ops.ppo_loss(torch.zeros(3), None, torch.zeros(2), torch.zeros(3))
+
+
+def test_weights_multiply_any_loss():
+    """A PPOLoss has weights of its own: both count, and a zero in either leaves the row out."""
+    *parts, labels = make_inputs()
+    logprobs, entropies, _ = naive_statistics(*parts, labels)
+    old, weights = logprobs.detach() + 0.3 * torch.randn(ROWS), torch.rand(ROWS).double()
+    weights[3] = 0
+
+    def losses():
+        own = torch.linspace(0, 1, ROWS).double()
+        return row_loss, ops.PPOLoss(old, torch.linspace(-1, 1, ROWS).double(), own, entropy_coef=0.1)
+
+    for dtype in (torch.float64, torch.float32):
+        some = [part.detach().to(dtype).requires_grad_() for part in parts]
+        for loss, same in zip(losses(), losses(), strict=True):
+            if isinstance(loss, ops.PPOLoss) and dtype == torch.float32:
+                loss = ops.PPOLoss(old.float(), loss.advantages.float(), loss.weights.float(), entropy_coef=0.1)
+            ours = ops.linear_loss(*some[:2], labels, loss, bias=some[2], weights=weights.to(dtype))
+            expected = (same(logprobs, entropies, torch.arange(ROWS)) * weights).sum()
+            tolerance = close(dtype, 100)
+            torch.testing.assert_close(ours.double(), expected, **tolerance)
+            truth = torch.autograd.grad(expected, parts, retain_graph=True)
+            assert_same([part.double() for part in gradients(ours, some)], truth, tolerance)
+            if isinstance(loss, ops.PPOLoss):
+                assert loss.logprobs.isnan().nonzero()[:, 0].tolist() == [0, 3]
+
+
+def test_a_subclass_of_ppo_loss_is_called():
+    class Ones(ops.PPOLoss):
+        def __call__(self, logprobs, entropies, rows):
+            return torch.ones_like(logprobs) + 0 * logprobs
+
+    hidden, weight, _, labels = make_inputs(torch.float32)
+    assert ops.linear_loss(hidden, weight, labels, Ones(None, torch.ones(ROWS), torch.ones(ROWS))).item() == ROWS
+
+
+def test_ppo_loss_takes_the_fused_kernel(monkeypatch):
+    calls, fused = [], rows_module.ppo
+    monkeypatch.setattr(rows_module, "ppo", lambda *a: calls.append(len(a[0])) or fused(*a))
+    hidden, weight, _, labels = make_inputs(torch.float32)
+    ops.linear_loss(hidden, weight, labels, ops.PPOLoss(None, torch.ones(ROWS), torch.ones(ROWS)))
+    assert calls == [4, 4, 3]
+
+
+def test_rows_left_out_are_left_out_of_the_reference_too():
+    *parts, labels = make_inputs()
+    ref_hidden, ref_weight = torch.randn(ROWS, 3).double(), torch.randn(VOCABULARY, 3).double()
+    ignored = labels.clone()
+    ignored[[0, 4, 5, 7]] = -100
+    kept = ignored != -100
+
+    def loss(logprobs, entropies, rows, kl):
+        return (logprobs + kl) * (rows + 1)
+
+    plain = {"bias": None}
+    ours = ops.linear_loss(*parts[:2], ignored, loss, bias=parts[2], ref_head=(ref_hidden, ref_weight), ref_shape=plain)
+    log_pi = torch.log_softmax(parts[0] @ parts[1].t() + parts[2], -1)
+    kl = (log_pi.exp() * (log_pi - torch.log_softmax(ref_hidden @ ref_weight.t(), -1))).sum(-1)
+    rows = torch.arange(ROWS)
+    expected = loss(log_pi[rows, labels], None, rows, kl)[kept].sum()
+    torch.testing.assert_close(ours, expected, **F64)
+    assert_same(gradients(ours, parts), gradients(expected, parts), F64)
+
+
+def test_the_reference_differs_only_where_it_is_said_to():
+    hidden, weight, bias, _ = make_inputs()
+    shape = {"temperature": 0.5, "softcap": 3.0, "logit_scale": 1.2}
+    same = ops.linear_kl((hidden, weight), (hidden, weight), bias=bias, **shape, ref_shape={"temperature": 0.5})
+    assert same.abs().max() < 1e-12, "bias, cap or scale of the reference was lost"
+    other = ops.linear_kl((hidden, weight), (hidden, weight), bias=bias, **shape, ref_shape={"temperature": 2.0})
+    assert (other > 1e-3).all()
+
+
+def test_a_reference_that_changes_before_the_backward_pass_is_noticed():
+    hidden, weight, *_ = make_inputs()
+    ref_weight = torch.randn_like(weight)
+    kl = ops.linear_kl((hidden, weight), (hidden.detach(), ref_weight)).sum()
+    ref_weight.mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kl.backward()
+
+
+@pytest.mark.parametrize(("forward", "backward"), [("reference", "native"), ("native", "reference")])
+def test_backends_may_change_between_forward_and_backward(forward, backward):
+    *parts, labels = make_inputs(torch.float32)
+    other = (torch.randn(ROWS, 3), torch.randn(VOCABULARY, 3))
+
+    def mix():
+        logprobs, entropies, lse = ops.linear_logprobs(*parts[:2], labels, bias=parts[2])
+        kl = ops.linear_kl((parts[0], parts[1]), other, bias=parts[2])
+        return (logprobs + 0.3 * entropies - 0.2 * lse + kl).sum()
+
+    with ops.use_backend(forward):
+        value = mix()
+    with ops.use_backend(backward):
+        got = gradients(value, parts)
+    assert_same(got, gradients(mix(), parts), close(torch.float32, 100))
+
+
+def test_twice_differentiated_they_refuse():
+    """The second derivative would be wrong without a word: a gradient penalty must not pass."""
+    hidden, weight, _, labels = make_inputs(torch.float32)
+    weight.requires_grad_(False)
+    logprobs = torch.randn(ROWS, requires_grad=True)
+    for value, part in [
+        (ops.linear_logprobs(hidden, weight, labels)[0].square().sum(), hidden),
+        (ops.linear_loss(hidden, weight, labels, row_loss).square(), hidden),
+        (ops.ppo_loss(logprobs, None, torch.ones(ROWS), torch.ones(ROWS)).square().sum(), logprobs),
+    ]:
+        (gradient,) = torch.autograd.grad(value, part, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"differentiate twice|does not require grad"):
+            gradient.square().sum().backward()
+
+
+def test_ppo_losses_that_do_not_fit_are_refused():
+    hidden, weight, _, labels = make_inputs(torch.float32)
+    ones = torch.ones(ROWS)
+    with pytest.raises(ValueError, match=r"old_logprobs has shape \(11, 3\) on cpu, expected \(11,\)"):
+        ops.linear_loss(hidden, weight, labels, ops.PPOLoss(torch.ones(ROWS, 3), ones, ones))
+    with pytest.raises(ValueError, match=r"advantages has shape \(11,\) on meta"):
+        ops.linear_loss(hidden, weight, labels, ops.PPOLoss(None, ones.to("meta"), ones))
+    with pytest.raises(ValueError, match=r"PPOLoss does not read the KL of ref_head"):
+        ops.linear_loss(hidden, weight, labels, ops.PPOLoss(None, ones, ones), ref_head=(hidden, weight))
+    with pytest.raises(ValueError, match=r"logprobs have shape \(2, 3\), expected one axis"):
+        ops.ppo_loss(*torch.zeros(4, 2, 3))
+    with pytest.raises(ValueError, match=r"labels has shape \(11,\) on meta, expected \(11,\) on cpu"):
+        ops.linear_logprobs(hidden, weight, labels.to("meta"))
+    for offsets in ([0, 3, 5], [3, 11], [0, 8, 4, 11], []):
+        with pytest.raises(ValueError, match=r"offsets are .* expected to rise from 0 to the number of rows, 11"):
+            ops.linear_loss(hidden, weight, labels, row_loss, offsets=torch.tensor(offsets, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"of the reference: temperature is 0\.0"):
+        ops.linear_kl((hidden, weight), (hidden, weight), ref_shape={"temperature": 0.0})
+    assert ops.PPOLoss(None, ones.bfloat16(), ones.bfloat16()).logprobs.dtype == torch.float32
 
 
 @pytest.mark.parametrize("lengths", [[5], [1, 1, 1], [3, 9, 1, 4], [64, 65]])

@@ -10,6 +10,7 @@ import torch
 import triton_head
 
 from fastppo import ops
+from fastppo.ops import chunks
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
@@ -30,7 +31,10 @@ def test_the_head_agrees_with_autograd_on_a_gpu(dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_trained", [False, True])
-def test_bf16_on_a_gpu_is_no_worse_than_torch_and_bitwise_the_same_again(is_trained):
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_bf16_on_a_gpu_is_no_worse_than_torch_and_bitwise_the_same_again(monkeypatch, is_trained, num_chunks):
+    if num_chunks > 1:  # 256 rows each, which is the least
+        monkeypatch.setattr(chunks, "_CHUNK_BYTES", dict.fromkeys(chunks._CHUNK_BYTES, 0))
     rows, hidden_size, vocabulary = 700, 256, 32_003
     hidden, weight, _, labels = triton_head.make_inputs("cuda", torch.bfloat16, False, rows, hidden_size, vocabulary)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from tolerances import close
 
 from fastppo import ops
 from fastppo.ops import rows as row_ops
-from fastppo.ops.rows import Reference, Scaling, Upstream
+from fastppo.ops.row_types import Reference, Scaling, Upstream
 
 _native = pytest.importorskip("fastppo._native", reason="built without the C++ extension")
 
@@ -150,6 +150,40 @@ def test_the_true_class_of_confident_rows_keeps_its_digits(peak):
         du = row_ops.gradient(u, labels, stats, one, Scaling(), out=torch.empty_like(u))
         error = abs(du[0, 7].double() / truth[0, 7] - 1).item()
         assert error < (2**-8 if dtype == torch.bfloat16 else 1e-5), f"{dtype}: off by {error:.1e}"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 0.01])
+def test_a_cap_leaves_no_log_prob_above_zero(temperature):
+    """The label's logit must be, to the last bit, what it is among the others: a cold softmax shows the difference."""
+    u = torch.full((9, 300), -20.0)
+    labels = torch.arange(9) * 7
+    u[torch.arange(9), labels] = torch.linspace(10, 290, 9)
+    scaling, exact = Scaling(temperature, 30.0), u.double().requires_grad_()
+    truth = oracle(exact, labels, scaling)[0]
+    stats = row_ops.statistics(u, labels, scaling)
+    assert (stats.logprobs <= 0).all()
+    torch.testing.assert_close(stats.logprobs.double(), truth, atol=1e-6, rtol=1e-5)
+    # Its slope is the cap's, which subtracted from 1 would have no digits left here.
+    one = torch.ones(9)
+    du = row_ops.gradient(u, labels, stats, Upstream(None, None, one), scaling, out=torch.empty_like(u))
+    (slopes,) = torch.autograd.grad(oracle(exact, labels, scaling)[2].sum(), exact)
+    rows = torch.arange(9)
+    expected = 4 * torch.exp(-2 * u.double().abs() / 30) / (1 + torch.exp(-2 * u.double().abs() / 30)) ** 2
+    p = torch.softmax(scaled(u.double(), scaling), -1)
+    torch.testing.assert_close(du[rows, labels].double(), (p * expected / temperature)[rows, labels], atol=0, rtol=1e-4)
+    assert slopes.isfinite().all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, -1000.0])
+def test_exact_kl_of_models_that_differ_by_a_constant(offset):
+    u, labels = make_rows(1000, size=1.0)
+    u_ref = u + 0.01 * torch.randn(u.shape)
+    shifted = u_ref + offset
+    log_p, log_q = u.double().log_softmax(-1), shifted.double().log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+    stats = row_ops.statistics(u, labels, Scaling(), Reference(shifted, Scaling()))
+    torch.testing.assert_close(stats.kl.double(), expected, atol=2e-6, rtol=1e-3)
+    assert (stats.kl >= -2e-6).all()
 
 
 def test_extreme_rows():

@@ -73,7 +73,8 @@ def check_case(device, dtype, has_bias, shape, tolerance):
     ref = log_p(ref_hidden.detach().double(), ref_weight.detach().double(), None)
     logp = log_p(*twins, **shape)
     expected = (logp.exp() * (logp - ref)).sum(-1)
-    kl = ops.linear_kl(tuple(parts[:2]), (ref_hidden, ref_weight), **more, ref_shape={})
+    plain = {"bias": None, "temperature": 1.0, "softcap": None, "logit_scale": 1.0}
+    kl = ops.linear_kl(tuple(parts[:2]), (ref_hidden, ref_weight), **more, ref_shape=plain)
     compare((kl * numbers).sum(), (expected * numbers).sum(), parts, twins, tolerance, "exact KL")
 
 

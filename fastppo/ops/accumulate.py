@@ -8,7 +8,7 @@ from torch import Tensor
 from fastppo.ops import rows as row_ops
 from fastppo.ops.backends import backend, native
 from fastppo.ops.chunks import Chunk
-from fastppo.ops.rows import Scaling, Statistics, Upstream
+from fastppo.ops.row_types import Scaling, Statistics, Upstream
 
 # bf16 products are added this many rows of the weight at a time, which stay in the processor's cache in between.
 _SLICE_ROWS = 4096

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -61,3 +61,8 @@ def is_interpreting() -> bool:
 def native() -> Any:
     """Return the C++ extension; only to be called where `backend` said native."""
     return _native
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Make a CUDA tensor's device the current one, where Triton launches; on the CPU do nothing."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()

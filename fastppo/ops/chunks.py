@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.ops.rows import Reference, Scaling
+from fastppo.ops.row_types import Reference, Scaling
 
 # Rows of a chunk follow from vocabulary and device alone, so that a result does not depend on how many rows there are.
 _CHUNK_BYTES = {"cpu": 64 * 2**20, "small card": 256 * 2**20, "large card": 1024 * 2**20}

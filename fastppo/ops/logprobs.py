@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastppo.ops import rows as row_ops
 from fastppo.ops.accumulate import Gradients
-from fastppo.ops.backends import backend
+from fastppo.ops.backends import backend, on_device
 from fastppo.ops.check import check_head, check_labels, check_ref_head, kept_rows, without_graph
 from fastppo.ops.chunks import RefHead, is_small_card, passes
-from fastppo.ops.rows import Scaling, Upstream
+from fastppo.ops.row_types import Scaling, Upstream
 
 
 class _LinearStatistics(torch.autograd.Function):
@@ -42,8 +43,10 @@ class _LinearStatistics(torch.autograd.Function):
                 one, out = Upstream(torch.ones_like(stats.logprobs)), buffer.gradient(len(logits))
                 row_ops.gradient(logits, labels[rows], stats, one, scaling, out=out)
                 torch.mm(out, weight, out=slopes[rows])
-        ctx.save_for_backward(hidden, weight, bias, labels)
-        ctx.needs, ctx.scaling, ctx.ref, ctx.slopes, ctx.parts = needs, scaling, ref, slopes, parts
+        # The reference's too, so that autograd notices if somebody changes them before the backward pass.
+        ctx.save_for_backward(hidden, weight, bias, labels, *(() if ref is None else ref[:3]))
+        ctx.needs, ctx.scaling, ctx.slopes, ctx.parts = needs, scaling, slopes, parts
+        ctx.ref_scaling = None if ref is None else ref.scaling
         ctx.set_materialize_grads(False)
         if not parts:
             return tuple(hidden.new_empty(4, 0, dtype=torch.promote_types(hidden.dtype, torch.float32)).unbind())
@@ -51,12 +54,14 @@ class _LinearStatistics(torch.autograd.Function):
         return tuple(torch.cat(column).to(parts[0].logprobs.dtype) for column in columns)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        hidden, weight, bias, labels = ctx.saved_tensors
+        hidden, weight, bias, labels, *parts = ctx.saved_tensors
         if ctx.slopes is not None and upstream[0] is not None and all(part is None for part in upstream[1:]):
             return (ctx.slopes * upstream[0][:, None]).to(hidden.dtype), None, None, None, None, None
         grads = Gradients(ctx.needs, hidden, weight, bias, is_single=len(ctx.parts) == 1)
-        for stats, chunk in zip(ctx.parts, passes(hidden, weight, bias, ctx.ref), strict=True):
+        ref = RefHead(parts[0], parts[1], parts[2], ctx.ref_scaling) if parts else None
+        for stats, chunk in zip(ctx.parts, passes(hidden, weight, bias, ref), strict=True):
             part = Upstream(*(None if grad is None else grad[chunk.rows] for grad in upstream))
             grads.add_chunk(chunk, hidden, labels, stats, part, ctx.scaling)
         return *grads.finish(), None, None, None
@@ -84,7 +89,7 @@ def linear_logprobs(
     scaling = Scaling(temperature, softcap, logit_scale)
     check_head(hidden, weight, labels, bias, scaling)
     hidden, weight, bias = without_graph(hidden, weight, bias)
-    num_rows, kept = len(labels), kept_rows(labels, ignore_index, None)
+    num_rows, kept = len(labels), kept_rows(labels, ignore_index)
     if kept is not None:
         hidden, labels = hidden[kept], labels[kept]
     labels = labels.contiguous()  # the kernels take its address
@@ -92,7 +97,8 @@ def linear_logprobs(
     if _wants_tiles(hidden, weight, bias):
         from fastppo.kernels.tile_statistics import tile_statistics
 
-        parts = tile_statistics(hidden, weight, labels, bias=bias, **scaling._asdict())
+        with on_device(hidden):
+            parts = tile_statistics(hidden, weight, labels, bias=bias, **scaling._asdict())
     else:
         parts = _LinearStatistics.apply(hidden, weight, bias, labels, scaling, None)
     if kept is not None:

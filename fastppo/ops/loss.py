@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastppo.ops import rows as row_ops
 from fastppo.ops.accumulate import Gradients
-from fastppo.ops.check import check_head, check_labels, check_ref_head, kept_rows, without_graph
+from fastppo.ops.check import check_head, check_labels, check_loss, check_ref_head, kept_rows, without_graph
 from fastppo.ops.chunks import Chunk, RefHead, passes
 from fastppo.ops.ppo_loss import PPOLoss
-from fastppo.ops.rows import Scaling, Statistics, Upstream
+from fastppo.ops.row_types import Scaling, Statistics, Upstream
 
 
 class _LossPass(NamedTuple):
@@ -49,6 +50,7 @@ class _LinearLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
         if ctx.grads is None:
             raise RuntimeError(
@@ -67,7 +69,9 @@ def _loss_of_chunk(chunk: Chunk, given: _LossPass, hidden: Tensor, grads: Gradie
     rows, buffer, logits, ref = chunk
     labels, numbers = given.labels[rows], given.numbers[rows]
     loss = given.loss
-    if isinstance(loss, PPOLoss) and loss.is_fp32 and ref is None and row_ops.has_fused_ppo(logits):
+    # A subclass may call otherwise.
+    is_plain = type(loss) is PPOLoss and given.weights is None and ref is None
+    if is_plain and isinstance(loss, PPOLoss) and loss.is_fp32 and row_ops.has_fused_ppo(logits):
         du = buffer.gradient(len(logits)) if grads.are_wanted else None
         losses, logprobs, entropies = row_ops.ppo(logits, labels, loss.take(numbers), given.scaling, du)
         loss.record(logprobs, entropies, numbers)
@@ -114,9 +118,8 @@ def linear_loss(
 
     `loss` gives weighted per-row losses, differentiated by the statistics; `rows` are the numbers of the chunk's rows.
     The gradients of hidden (T, H), weight (V, H) and bias are formed in the forward pass: 2 matmuls a row with a frozen
-    head, 3 with a trained one, for one backward pass. A `PPOLoss` runs in one fused kernel. Raises ValueError.
+    head, 3 with a trained one, for one backward pass. A `PPOLoss` runs in one fused kernel. Raises ValueError. Args:
 
-    Args:
         weights: (T,), multiplied into the losses.
         ignore_index: rows with this label (None: there are none), and rows of weight 0, are not computed; the weights
             of a `PPOLoss` count too, on the CPU, where a look at them is free.
@@ -127,6 +130,7 @@ def linear_loss(
     scaling = Scaling(temperature, softcap, logit_scale)
     check_head(hidden, weight, labels, bias, scaling, weights)
     ref = None if ref_head is None else check_ref_head(ref_head, ref_shape, bias, scaling, hidden, weight)
+    check_loss(loss, labels, offsets, ref is not None)
     hidden, weight, bias = without_graph(hidden, weight, bias)
     numbers = torch.arange(len(labels), device=labels.device)
     hidden, given = _read_rows(
@@ -136,12 +140,16 @@ def linear_loss(
     return _LinearLoss.apply(hidden, weight, bias, given)  # type: ignore[no-any-return]
 
 
+def _numbers(labels: Tensor) -> Tensor:
+    return torch.arange(len(labels), device=labels.device)
+
+
 def _read_rows(hidden: Tensor, given: _LossPass, ignore_index: int | None) -> tuple[Tensor, _LossPass]:
     """Leave out the rows that no loss reads."""
-    weights = given.weights
-    if weights is None and isinstance(given.loss, PPOLoss) and hidden.device.type == "cpu":
-        weights = given.loss.weights
-    kept = kept_rows(given.labels, ignore_index, weights)
+    weights = [] if given.weights is None else [given.weights]
+    if isinstance(given.loss, PPOLoss) and hidden.device.type == "cpu":
+        weights.append(given.loss.weights)
+    kept = kept_rows(given.labels, ignore_index, *weights)
     if kept is None:
         return hidden, given
     return hidden[kept], given._replace(

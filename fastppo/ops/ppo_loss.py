@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastppo import reference
-from fastppo.ops.backends import backend, native
+from fastppo.ops.backends import backend, native, on_device
 
 
 @dataclass(eq=False)
@@ -37,7 +38,8 @@ class PPOLoss:
     def __post_init__(self) -> None:
         if self.kl_coef and self.ref_logprobs is None:
             raise ValueError(f"kl_coef={self.kl_coef} weighs a penalty from ref_logprobs, which are None; pass them")
-        self.logprobs = torch.full_like(self.advantages, torch.nan)
+        wide = torch.promote_types(self.advantages.dtype, torch.float32)
+        self.logprobs = torch.full_like(self.advantages, torch.nan, dtype=wide)
         self.entropies = self.logprobs.clone()
 
     def __call__(self, logprobs: Tensor, entropies: Tensor, rows: Tensor) -> Tensor:
@@ -46,7 +48,7 @@ class PPOLoss:
         terms = self.take(rows)
         old = logprobs.detach() if terms.old_logprobs is None else terms.old_logprobs
         loss = reference.clipped_policy_loss(logprobs, old, terms.advantages, self.clip_low, self.clip_high)
-        if terms.ref_logprobs is not None:
+        if terms.ref_logprobs is not None and self.kl_coef:
             loss = loss + self.kl_coef * (logprobs - terms.ref_logprobs)
         if self.entropy_coef:
             loss = loss - self.entropy_coef * entropies
@@ -62,6 +64,16 @@ class PPOLoss:
         ref = None if self.ref_logprobs is None else self.ref_logprobs[rows]
         coefs = (self.clip_low, self.clip_high, self.kl_coef, self.entropy_coef)
         return Terms(old, ref, self.advantages[rows], self.weights[rows], *coefs)
+
+    def check(self, rows: Tensor) -> None:
+        """Raise ValueError unless every tensor has the shape (T,) and the device of `rows`."""
+        for name in ("old_logprobs", "advantages", "weights", "ref_logprobs"):
+            part = getattr(self, name)
+            if part is not None and (part.shape != rows.shape or part.device != rows.device):
+                raise ValueError(
+                    f"{name} has shape {tuple(part.shape)} on {part.device}, expected {tuple(rows.shape)} on "
+                    f"{rows.device}: one number a row"
+                )
 
     @property
     def is_fp32(self) -> bool:
@@ -87,13 +99,14 @@ class Terms:
 class _GatheredLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logprobs: Tensor, terms: Terms) -> Tensor:
-        losses, gradients = (
-            _native_loss(logprobs, terms) if logprobs.device.type == "cpu" else _triton_loss(logprobs, terms)
-        )
+        kernel = _native_loss if backend(logprobs.device) == "native" else _triton_loss
+        with on_device(logprobs):
+            losses, gradients = kernel(logprobs, terms)
         ctx.save_for_backward(gradients)
         return losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
         return upstream * ctx.saved_tensors[0], None
 
@@ -140,13 +153,10 @@ def ppo_loss(
     All tensors are (T,); `old_logprobs` None stands for the detached log-probs themselves. Raises ValueError for
     shapes that differ.
     """
+    if logprobs.dim() != 1:
+        raise ValueError(f"logprobs have shape {tuple(logprobs.shape)}, expected one axis (T,): flatten them")
     loss = PPOLoss(old_logprobs, advantages, weights, clip_low, clip_high, 0.0, ref_logprobs, kl_coef)
-    for name in ("old_logprobs", "advantages", "weights", "ref_logprobs"):
-        part = getattr(loss, name)
-        if part is not None and part.shape != logprobs.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(part.shape)}, expected that of logprobs, {tuple(logprobs.shape)}"
-            )
+    loss.check(logprobs)
     if backend(logprobs.device) == "reference" or logprobs.dtype != torch.float32 or not loss.is_fp32:
         return loss(logprobs, torch.zeros_like(logprobs), torch.arange(len(logprobs), device=logprobs.device))
     terms = loss.take(torch.arange(len(logprobs), device=logprobs.device))

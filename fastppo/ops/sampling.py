@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastppo import reference_sampling
 from fastppo.ops.backends import backend, native
-from fastppo.ops.rows import Scaling
+from fastppo.ops.row_types import Scaling
 
 # Fewer logits than this are drawn from sooner than a second thread has woken up.
 _MIN_PARALLEL = 2**15
