@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import head_memory, measure
 from benchmarks.head_contenders import FLOOR, OURS, Contender, bare_matmuls, contenders, run_ours
@@ -39,8 +39,6 @@ DEFAULTS = {
     "cpu": {"cases": ["32k", "152k"], "dtypes": ["fp32", "bf16"], "heads": ["trained", "frozen"]},
     "cuda": {"cases": ["128k"], "dtypes": ["bf16"], "heads": ["frozen"]},
 }
-# A sample shorter than this says as much about the clock that others' use is read from as about the code.
-SAMPLE_SECONDS = 0.3
 NOTES = [
     "loss: PPO's clipped loss with an entropy bonus, about a quarter of the rows clipped; same inputs for everybody",
     "gate: errors against fp64, ours at most 2 and a peer's at most 10 times those of plain torch in the same dtype;"
@@ -76,28 +74,21 @@ def seconds_of(run: Callable[[Problem], object], problem: Problem, repeats: int)
 def sampler(
     run: Callable[[Problem], object], problem: Problem, case: Case, limit: float
 ) -> Callable[[], measure.Sample]:
-    """Return what takes one sample; it warms up now and finds how many runs make one."""
-    is_guarded = math.isfinite(limit)
-    seconds_of(run, problem, 1)
-    repeats = math.ceil(SAMPLE_SECONDS / seconds_of(run, problem, 1)) if is_guarded else 1
-    load = measure.ForeignLoad([])
+    """Return what takes one sample and leaves no gradients behind."""
 
-    def take() -> measure.Sample:
-        if is_guarded:
-            load.wait_for_idle(limit, patience_s=10)
-        load.restart()
+    def mean_seconds(repeats: int) -> float:
         seconds = seconds_of(run, problem, repeats)
         problem.clear_gradients()
-        return measure.Sample({str(case): seconds}, 0, load.read() if is_guarded else None)
+        return seconds
 
-    return take
+    return measure.sampler(mean_seconds, str(case), problem.hidden.device.type, limit)
 
 
 def time_case(
     everybody: list[Contender], case: Case, problem: Problem, verdicts: dict[tuple[str, bool], Verdict], samples: int,
     limit: float,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Time everybody and the bare matmuls in turn; return a row each."""
+) -> tuple[list[dict[str, Any]], list[str]]:  # fmt: skip
+    """Time everybody and the bare matmuls in turn; return a row each, and a line for each who has no clean sample."""
     problem.weight.requires_grad_(case.is_trained)
     running = [one for one in everybody if not verdicts[one.who, case.is_trained].could_not_run]
     about: dict[str, dict[str, Any]] = {}
@@ -112,25 +103,28 @@ def time_case(
         who = f"torch {torch.__version__} matmuls, {name}"
         about[who] = {"gives": FLOOR, "gate": "", "has_passed": True}
         sides[who] = sampler(bare_matmuls(problem, rows), problem, case, limit)
-    rows_found = []
-    for who, turns in measure.take_turns(sides, samples, limit).items():
+    rows_found, by_side = [], measure.take_turns(sides, samples, limit)
+    for who, turns in by_side.items():
         if turns.samples:
             (row,) = measure.rows(who, turns.samples)
             rows_found.append(row | about[who] | {"dropped": turns.dropped, "peak_bytes": None})
-    return rows_found
+    return rows_found, measure.not_timed(str(case), by_side)
+
+
+def addmm_flops(_: Any, a: tuple[int, int], b: tuple[int, int], *args: Any, out_shape: Any = None, **more: Any) -> int:
+    """Count the FLOPs of an addmm of two shapes; torch's own formula has no place for the dtype that may follow."""
+    return 2 * a[0] * a[1] * b[1]
 
 
 def count_matmuls(case: Case, problem: Problem) -> dict[str, Any]:
     """Count our matmul FLOPs in units of 2 T H V, and the share of them left when half the rows have no weight."""
-    # The counter knows addmm, and addmm(out=), but not the method that adds in place.
-    in_place = {torch.ops.aten.addmm_: addmm_flop}
     problem.weight.requires_grad_(case.is_trained)
     weights = problem.weights.clone()
     weights[::2] = 0
     units = []
     for of_these in (problem, replace(problem, weights=weights)):
         of_these.clear_gradients()
-        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm: addmm_flops}) as counter:
             run_ours(of_these)
         units.append(counter.get_total_flops() / (2 * case.tokens * case.hidden * case.vocabulary))
     problem.clear_gradients()
@@ -140,13 +134,15 @@ def count_matmuls(case: Case, problem: Problem) -> dict[str, Any]:
 
 
 def add_memory(rows: list[dict[str, Any]], case: Case) -> dict[str, int]:
-    """Measure the memory of every row's contender into the row; return ours at T and at 2 T."""
+    """Measure the memory of every row's contender into the row; return ours at T and at 2 T, if it was timed."""
     for row in rows:
         if row["gives"] != FLOOR:
             row |= head_memory.measure(row["who"], case)
             print(f"{row['who']}: peak {row['peak_bytes'] / 2**20:.0f} MiB", file=sys.stderr)
-    twice = head_memory.measure(OURS, case.with_twice_the_tokens())["extra_bytes"]
-    return {"T": next(row["extra_bytes"] for row in rows if row["who"] == OURS), "2T": twice}
+    once = next((row["extra_bytes"] for row in rows if row["who"] == OURS), None)
+    if once is None:
+        return {}
+    return {"T": once, "2T": head_memory.measure(OURS, case.with_twice_the_tokens())["extra_bytes"]}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -172,8 +168,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def run_size(size: Case, arguments: argparse.Namespace, everybody: list[Contender], found: dict[str, Any]) -> bool:
-    """Run the gate and all measurements of one size in one dtype into `found`; return whether ours passed."""
+def run_size(
+    size: Case, arguments: argparse.Namespace, everybody: list[Contender], found: dict[str, Any],
+    save: Callable[[], None],
+) -> bool:  # fmt: skip
+    """Run the gate and all measurements of one size in one dtype into `found`; return whether ours passed.
+
+    `save` is called whenever there is more in `found`.
+    """
     problem = make_problem(size)
     modes = [head == "trained" for head in arguments.heads]
     print(f"gate: V {size.vocabulary}, {size.dtype}", file=sys.stderr)
@@ -183,37 +185,50 @@ def run_size(size: Case, arguments: argparse.Namespace, everybody: list[Contende
         found["gate"][str(case)] = {one.who: verdicts[one.who, is_trained].as_json() for one in everybody}
         if not verdicts[OURS, is_trained].has_passed:
             continue
-        rows = time_case(everybody, case, problem, verdicts, arguments.samples, arguments.foreign_limit)
+        rows, missing = time_case(everybody, case, problem, verdicts, arguments.samples, arguments.foreign_limit)
+        found["rows"] += rows
+        found["not_timed"] += missing
         found["flops"][str(case)] = count_matmuls(case, problem)
+        save()
         if not arguments.no_memory:
             found["extra_bytes"][str(case)] = add_memory(rows, case)
-        found["rows"] += rows
+            save()
     return all(verdicts[OURS, is_trained].has_passed for is_trained in modes)
 
 
+def save_result(found: dict[str, Any], arguments: argparse.Namespace, argv: list[str]) -> None:
+    """Write the JSON of what has been found so far, if it is to be written at all."""
+    if arguments.output:
+        limit = arguments.foreign_limit if math.isfinite(arguments.foreign_limit) else None
+        command = " ".join(["python -m benchmarks.head", *argv])
+        more = {name: value for name, value in found.items() if name != "rows"} | {"ratios": ratios(found["rows"])}
+        measure.write_result(arguments.output, command, found["rows"], foreign_limit=limit, **more)
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Run the benchmark, print its table and write its JSON."""
+    """Run the benchmark, print its table and write its JSON, which after every case holds what there is by then."""
     arguments = parse_arguments(argv)
     everybody, absent = contenders()
     for name, reason in absent.items():
         print(f"not here: {name} ({reason})", file=sys.stderr)
-    found: dict[str, Any] = {"rows": [], "gate": {}, "flops": {}, "extra_bytes": {}}
+    found: dict[str, Any] = {"rows": [], "gate": {}, "flops": {}, "extra_bytes": {}, "not_timed": []}
+    found |= {"absent": absent, "notes": NOTES}
+
+    def save() -> None:
+        save_result(found, arguments, sys.argv[1:] if argv is None else argv)
+
     sizes = QUICK.values() if arguments.quick else [CASES[name] for name in arguments.cases]
     passed = [
-        run_size(replace(size, dtype=dtype, device=arguments.device), arguments, everybody, found)
+        run_size(replace(size, dtype=dtype, device=arguments.device), arguments, everybody, found, save)
         for size in sizes
         for dtype in arguments.dtypes
     ]
-    rows = found.pop("rows")
-    found |= {"ratios": ratios(rows), "absent": absent, "notes": NOTES}
-    print(markdown(rows, found["ratios"], found["flops"], found["extra_bytes"]))
-    if arguments.output:
-        limit = arguments.foreign_limit if math.isfinite(arguments.foreign_limit) else None
-        command = " ".join(["python -m benchmarks.head", *(sys.argv[1:] if argv is None else argv)])
-        measure.write_result(arguments.output, command, rows, foreign_limit=limit, **found)
+    save()  # also where ours passed in no case
+    rows = found["rows"]
+    print(markdown(rows, ratios(rows), found["flops"], found["extra_bytes"]), *found["not_timed"], sep="\n")
     if not all(passed):
         raise SystemExit("ours is further from fp64 than the gate allows: those cases were not timed")
-    if any(row["samples"] < arguments.samples for row in rows):
+    if found["not_timed"] or any(row["samples"] < arguments.samples for row in rows):
         raise SystemExit("too few clean samples: stop what else runs, or raise --foreign-limit and say so")
 
 

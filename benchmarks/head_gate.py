@@ -87,11 +87,13 @@ def units_of_error(truth: dict[str, Tensor], plain_errors: dict[str, float]) -> 
 
 
 def judge(contender: Contender, problem: Problem, truth: dict[str, Tensor], units: dict[str, float]) -> Verdict:
-    """Run a contender once and compare it with the truth."""
+    """Run a contender once and compare it with the truth. An exception of ours is raised, a peer's is its verdict."""
     problem.clear_gradients()
     try:
         outputs = contender.run(problem)
     except Exception as error:  # whatever somebody else's code may raise on this device
+        if contender.who == OURS:
+            raise
         return Verdict(could_not_run=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     errors = distances(quantities(outputs, problem.hidden.grad, problem.weight.grad), truth)
     errors.pop("row losses", None)

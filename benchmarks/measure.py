@@ -1,6 +1,7 @@
 """What every benchmark needs: machine and versions beside the figures, a guard against other load, the JSON form."""
 
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
@@ -13,6 +14,8 @@ from typing import Any
 
 # A sample taken while other processes used more of a core than this says more about them than about us.
 FOREIGN_LIMIT = 0.12
+# A shorter sample says as much about the clock as about the code; on a CPU others' use is read from one of 0.01 s.
+SAMPLE_SECONDS = {"cpu": 0.3, "cuda": 0.1}
 PACKAGES = ("fastppo", "torch", "transformers", "accelerate", "peft", "triton", "numpy", "trl", "liger-kernel")
 
 
@@ -116,6 +119,27 @@ class Sample:
         return self.foreign is None or self.foreign <= limit
 
 
+def sampler(seconds_of: Callable[[int], float], case: str, device: str, limit: float) -> Callable[[], Sample]:
+    """Return what takes one sample of a case; it warms up now and finds how many runs make one.
+
+    `seconds_of(n)` runs n times and returns the mean seconds. A limit of infinity makes a sample of one run. On CUDA
+    there is no guard: what is timed is the device, and the count of others' use is that of the whole host.
+    """
+    seconds_of(1)
+    repeats = math.ceil(SAMPLE_SECONDS[device] / seconds_of(1)) if math.isfinite(limit) else 1
+    is_guarded = math.isfinite(limit) and device == "cpu"
+    load = ForeignLoad([])
+
+    def take() -> Sample:
+        if is_guarded:
+            load.wait_for_idle(limit, patience_s=10)
+        load.restart()
+        seconds = seconds_of(repeats)
+        return Sample({case: seconds}, 0, load.read() if is_guarded else None)
+
+    return take
+
+
 @dataclass
 class Turns:
     """What one side gathered in its turns: the samples that count, and how many did not."""
@@ -141,6 +165,11 @@ def take_turns(sides: dict[str, Callable[[], Sample]], wanted: int, limit: float
             else:
                 turns[who].dropped += 1
     return turns
+
+
+def not_timed(case: str, turns: dict[str, Turns]) -> list[str]:
+    """Return a line for everybody in a case who has not one sample that counts."""
+    return [f"{case}: {who}: {its.dropped} samples, none clean" for who, its in turns.items() if not its.samples]
 
 
 def rows(who: str, samples: list[Sample]) -> list[dict[str, Any]]:

@@ -30,8 +30,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIMITS: dict[str, dict[str, Any]] = {"plain": {}, "top-k 50": {"top_k": 50}, "top-p 0.9": {"top_p": 0.9}}
 # In fp64, how far a sum of single-precision probabilities, and a log-prob, may be off.
 INTERVAL_BAR, LOGPROB_BAR = 1e-5, 1e-5
-# A sample shorter than this says as much about the clock that others' use is read from as about the code.
-SAMPLE_SECONDS = 0.3
 NOTES = [
     "flat: normal logits; peaked: probabilities that fall as the rank to the power -1.6, with noise, in random order",
     "fastppo gives token, log-prob and entropy of the whole distribution, and the kept mass; all peers give token and"
@@ -142,7 +140,7 @@ def fault(who: str, draw: Draw, logits: Tensor, limit: dict[str, Any]) -> str:
 
 
 def sampler(draw: Callable[[], Draw], case: Case, arguments: argparse.Namespace) -> Callable[[], measure.Sample]:
-    """Return what takes one sample; it warms up now and finds how many draws make one."""
+    """Return what takes one sample."""
     wait = torch.cuda.synchronize if arguments.device == "cuda" else lambda: None
 
     def seconds_of(repeats: int) -> float:
@@ -153,23 +151,14 @@ def sampler(draw: Callable[[], Draw], case: Case, arguments: argparse.Namespace)
         wait()
         return (time.perf_counter() - begin) / repeats
 
-    is_guarded = math.isfinite(arguments.foreign_limit)
-    seconds_of(1)
-    repeats = math.ceil(SAMPLE_SECONDS / seconds_of(3)) if is_guarded else 1
-    load = measure.ForeignLoad([])
-
-    def take() -> measure.Sample:
-        if is_guarded:
-            load.wait_for_idle(arguments.foreign_limit, patience_s=10)
-        load.restart()
-        seconds = seconds_of(repeats)
-        return measure.Sample({str(case): seconds}, 0, load.read() if is_guarded else None)
-
-    return take
+    return measure.sampler(seconds_of, str(case), arguments.device, arguments.foreign_limit)
 
 
-def run_case(case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Check everybody, time who passed, and return a row each; exit if ours did not pass."""
+def run_case(case: Case, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
+    """Check everybody, time who passed, and return a row each, and a line for each who has no clean sample.
+
+    Exits if ours did not pass.
+    """
     logits, limit = make_logits(case, arguments.device), LIMITS[case.limit]
     sides, faults = {}, {}
     for who, draw in contenders(case).items():
@@ -180,11 +169,11 @@ def run_case(case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             sides[who] = sampler(lambda draw=draw: draw(logits, limit), case, arguments)
     if faults[OURS]:
         raise SystemExit(f"{case}: {OURS} {faults[OURS]}")
-    rows = []
-    for who, turns in measure.take_turns(sides, arguments.samples, arguments.foreign_limit).items():
+    rows, by_side = [], measure.take_turns(sides, arguments.samples, arguments.foreign_limit)
+    for who, turns in by_side.items():
         if turns.samples:
             rows += [row | {"dropped": turns.dropped, "peak_bytes": None} for row in measure.rows(who, turns.samples)]
-    return rows
+    return rows, measure.not_timed(str(case), by_side)
 
 
 def ratios(rows: list[dict[str, Any]], cases: list[Case]) -> list[dict[str, Any]]:
@@ -240,7 +229,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the benchmark, print its table and write its JSON."""
+    """Run the benchmark, print its table and write its JSON, which after every case holds what there is by then."""
     arguments = parse_arguments(argv)
     cases = [
         Case(*map(int, size.split("x")), dtype, shape, limit)
@@ -249,14 +238,19 @@ def main(argv: list[str] | None = None) -> None:
         for shape in arguments.shapes
         for limit in arguments.limits
     ]
-    rows = [row for case in cases for row in run_case(case, arguments)]
-    lines = ratios(rows, cases)
-    print(markdown(rows, lines))
-    if arguments.output:
-        limit = arguments.foreign_limit if math.isfinite(arguments.foreign_limit) else None
-        command = " ".join(["python -m benchmarks.sampling", *(sys.argv[1:] if argv is None else argv)])
-        measure.write_result(arguments.output, command, rows, foreign_limit=limit, ratios=lines, notes=NOTES)
-    if any(row["samples"] < arguments.samples for row in rows):
+    limit = arguments.foreign_limit if math.isfinite(arguments.foreign_limit) else None
+    command = " ".join(["python -m benchmarks.sampling", *(sys.argv[1:] if argv is None else argv)])
+    rows: list[dict[str, Any]] = []
+    not_timed: list[str] = []
+    for case in cases:
+        found, missing = run_case(case, arguments)
+        rows += found
+        not_timed += missing
+        if arguments.output:
+            more = {"foreign_limit": limit, "ratios": ratios(rows, cases), "not_timed": not_timed, "notes": NOTES}
+            measure.write_result(arguments.output, command, rows, **more)
+    print(markdown(rows, ratios(rows, cases)), *not_timed, sep="\n")
+    if not_timed or any(row["samples"] < arguments.samples for row in rows):
         raise SystemExit("too few clean samples: stop what else runs, or raise --foreign-limit and say so")
 
 

@@ -65,6 +65,7 @@ def sample_tokens(
     requests, positions)`, requests and positions (N,) int64; with `greedy` it is the most probable one, the lowest of
     equals. Log-prob and entropy are those of the whole distribution; kept_mass is the probability of what may be drawn
     (1 if greedy). The log-prob is NaN where nothing can be drawn: logits not finite, or all possible tokens forbidden.
+    It alone is the mark of such a row: its token, entropy and kept mass mean nothing and differ between backends.
     """
     z = shaped_logits(logits, temperature, softcap, logit_scale)
     seen = z if forbidden_ids is None else _without(z, forbidden_ids, is_forbidden)

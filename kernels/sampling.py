@@ -2,7 +2,7 @@
 
 The random number of a row is a function of (seed, request, position) alone: Philox-4x32-10 (Salmon et al., SC 2011).
 The draw inverts the cumulative distribution of the allowed tokens in the order of their ids, summed in blocks of 128.
-Nothing of size V is written.
+Nothing of size V is written. Top-k and top-p read the row many more times than a plain draw: see token_limits.
 """
 
 import torch
@@ -168,7 +168,10 @@ def _sample_kernel(
     if has_limit or HAS_FORBIDDEN:
         kept = tl.where(total > 0, total * tl.exp(largest - m - log_s), 0.0)
     tl.store(tokens_ptr + at, token.to(tl.int64))
-    tl.store(logprobs_ptr + at, label_logprob(all_tokens, token, m, log_s, HAS_SOFTCAP, ACC))
+    # False for a NaN as well.
+    can_draw = (total > 0) & (total < float("inf"))
+    logprob = label_logprob(all_tokens, token, m, log_s, HAS_SOFTCAP, ACC)
+    tl.store(logprobs_ptr + at, tl.where(can_draw, logprob, float("nan")))
     tl.store(entropy_ptr + at, entropy)
     tl.store(kept_ptr + at, kept)
 
@@ -193,8 +196,9 @@ def sample(
     is the probability of the tokens that could be drawn. `requests` and `positions` (N,) int64 and the seed make the
     random numbers. Rows of `is_forbidden` (N,) bool (None: all) do not draw `forbidden_ids` (E,) int64. top_k (0: off)
     leaves the tokens from the k-th largest logit up, ties included; top_p (1: off) then the most probable of them, of
-    equals the lower ids, until their mass reaches it. A row in which no allowed token has a probability draws token 0
-    and keeps a mass of 0. Raises ValueError for tensors or numbers that cannot be served.
+    equals the lower ids, until their mass reaches it. The log-prob is NaN where nothing can be drawn: logits not
+    finite, or all possible tokens forbidden; the other results of such a row mean nothing. Raises ValueError for
+    tensors or numbers that cannot be served.
     """
     inner, outer = scales(temperature, softcap, logit_scale)
     check_logits(logits)

@@ -5,6 +5,10 @@ found exactly, by bisection on the logits' order as integers, where each pass sh
 occur. A pass reads the row; there are at most as many as a logit has bits. Of equal logits at the threshold top-k
 leaves all, top-p the first, which costs one more pass. Nothing of size V is written.
 
+What it costs: top-k and top-p read the row again in every pass of their bisection, 11 to 14 times for a top-k of 50
+and 14 to 23 for a top-p of 0.9. Counted by passes a draw then takes 5 to 9 times as long as a plain one on CUDA; that
+has not been timed.
+
 A row is the tuple (pointer, vocabulary, inner, outer, forbidden_ptr, num_forbidden).
 """
 

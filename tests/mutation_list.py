@@ -21,6 +21,8 @@ TRITON = ("tests/test_kernels.py", "tests/test_kernels_gradient.py", "tests/test
 TRITON_TILES = ("tests/test_kernels_tile.py",)
 TRAINER = ("tests/test_ppo.py", "tests/test_defects_update.py", "tests/test_trl_agreement.py", "tests/test_trainer.py")
 STATISTICS_H, HEAD_H = "csrc/row_statistics.inc.hpp", "csrc/head_rows.inc.hpp"
+SAMPLING = ("tests/test_sampling.py", "tests/test_sampling_limits.py")
+SAMPLING_H = "csrc/sampling.inc.hpp"
 
 MUTATIONS = [
     Mutation(
@@ -272,5 +274,37 @@ MUTATIONS = [
         "old_scale, tile_scale = tl.exp(m - new_m), tl.exp(tile_m - new_m)",
         "old_scale, tile_scale = tl.exp(m - new_m), tl.exp(0.0 * tile_m)",
         TRITON_TILES,
+    ),
+    Mutation(
+        "random numbers by the row of the batch (C++)",
+        "generators keyed by slot: a token depends on its neighbours",
+        SAMPLING_H,
+        "uniform(rows.seed, rows.requests[r], rows.positions[r])",
+        "uniform(rows.seed, r, rows.positions[r])",
+        SAMPLING,
+    ),
+    Mutation(
+        "log-prob under the truncated distribution (C++)",
+        "samplers that record what their warpers left",
+        SAMPLING_H,
+        "const double log_total = can_draw ? __builtin_log(all.weights)",
+        "const double log_total = can_draw ? __builtin_log(choice.weight > 0 ? choice.weight : all.weights)",
+        SAMPLING,
+    ),
+    Mutation(
+        "kept mass of a truncated draw is 1 (C++)",
+        "a mass that nobody computes",
+        SAMPLING_H,
+        "static_cast<float>(choice.weight / all.weights)",
+        "1.0f",
+        SAMPLING,
+    ),
+    Mutation(
+        "every tie of top-p stays (C++)",
+        "a nucleus that is larger than asked for",
+        SAMPLING_H,
+        "  equal = equal < 1 ? 1 : equal;\n",
+        "  equal = found.equal;\n",
+        SAMPLING,
     ),
 ]

@@ -10,16 +10,17 @@ from fastppo.ops import backends
 
 NATIVE = backends._native
 ISAS = NATIVE.available_isas() if NATIVE is not None else []
-SAMPLERS = ["reference", *ISAS]
+# Triton where it interprets: then kernels run on the CPU.
+SAMPLERS = ["reference", *ISAS, *(["triton"] if backends.is_interpreting() else [])]
 # How far a sum of single-precision probabilities may be off.
 SLACK = 1e-5
 
 
 @contextmanager
 def serving(sampler):
-    """Let the reference, or the C++ code of one instruction set, serve the operations inside."""
-    if sampler == "reference":
-        with ops.use_backend("reference"):
+    """Let the reference, Triton, or the C++ code of one instruction set, serve the operations inside."""
+    if sampler in ("reference", "triton"):
+        with ops.use_backend(sampler):
             yield
         return
     before = NATIVE.isa()

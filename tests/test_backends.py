@@ -1,5 +1,7 @@
 """Which backend serves an operation, and what is said when it cannot."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -36,3 +38,11 @@ def test_without_the_extension_the_reference_serves(monkeypatch):
     rewards, values = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5])
     assert ops.gae(rewards, values, torch.tensor([0, 2]), 1.0, 1.0).tolist() == [0.5, 0.5]
     assert ops.pack([5, 3, 2, 4], 2, 2).tolist() == [0, 1, 1, 0]
+
+
+def test_on_device_makes_the_device_of_a_cuda_tensor_the_current_one():
+    with backends.on_device(torch.zeros(1)) as nothing:
+        assert nothing is None
+    there = backends.on_device(SimpleNamespace(is_cuda=True, device=torch.device("cuda:1")))
+    assert isinstance(there, torch.cuda.device)
+    assert there.idx == 1

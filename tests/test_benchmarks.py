@@ -108,13 +108,15 @@ def test_whoever_gives_less_is_held_to_what_it_gives():
     assert not judge(with_the_loss_alone, **arguments).has_passed
 
 
-def test_an_error_is_a_verdict():
+def test_an_error_of_a_peer_is_a_verdict_and_one_of_ours_is_raised():
     def broken(problem):
         raise RuntimeError("needs a newer device\nand more")
 
-    verdict = judge(broken)
+    verdict = judge(broken, who="a peer")
     assert not verdict.has_passed
     assert str(verdict) == "could not run: RuntimeError: needs a newer device"
+    with pytest.raises(RuntimeError, match="needs a newer device"):
+        judge(broken, who=OURS)
 
 
 def test_the_truth_does_not_depend_on_its_chunks(monkeypatch):
@@ -172,6 +174,66 @@ def test_turns_drop_what_others_disturbed_and_give_up():
     turns = measure.take_turns(sides, wanted=2, limit=0.12)
     assert (len(turns["calm"].samples), turns["calm"].dropped) == (2, 1)
     assert (len(turns["busy"].samples), turns["busy"].dropped) == (0, 6)
+
+
+def test_who_has_no_clean_sample_is_named_and_nothing_is_concluded(tmp_path, monkeypatch, capsys):
+    def take_turns(sides, wanted, limit):
+        taken = {who: measure.Turns([take()]) for who, take in sides.items()}
+        return taken | {OURS: measure.Turns([], dropped=3)}
+
+    monkeypatch.setattr(measure, "take_turns", take_turns)
+    memory = {"peak_bytes": 2, "extra_bytes": 1}
+    monkeypatch.setattr(head_memory, "measure", lambda who, case: memory)
+    path = tmp_path / "head.json"
+    arguments = ["--quick", "--device", "cpu", "--dtypes", "fp32", "--heads", "frozen", "--samples", "1"]
+    with pytest.raises(SystemExit, match="too few clean samples"):
+        head.main([*arguments, "--output", str(path)])
+    result = json.loads(path.read_text())
+    (line,) = result["not_timed"]
+    assert line.endswith(f"{OURS}: 3 samples, none clean")
+    assert line in capsys.readouterr().out
+    assert result["rows"]
+    assert not result["ratios"]
+
+
+def test_a_killed_run_leaves_the_cases_before_it(tmp_path, monkeypatch):
+    def killed(rows, case):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(head, "add_memory", killed)
+    path = tmp_path / "head.json"
+    with pytest.raises(KeyboardInterrupt):
+        head.main(["--quick", "--device", "cpu", "--dtypes", "fp32", "--samples", "1", "--output", str(path)])
+    result = json.loads(path.read_text())
+    assert {row["case"] for row in result["rows"]} == result["flops"].keys()
+    assert len(result["flops"]) == 1
+    assert result["ratios"]
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", 1), ("cuda", 0)])
+def test_samples_repeat_everywhere_and_are_guarded_on_the_cpu(device, waits, monkeypatch):
+    waited, asked = [], []
+    monkeypatch.setattr(measure.ForeignLoad, "wait_for_idle", lambda self, limit, patience_s: waited.append(limit))
+
+    def seconds_of(repeats):
+        asked.append(repeats)
+        return 0.01
+
+    take = measure.sampler(seconds_of, "a", device, 0.12)
+    sample = take()
+    assert sample.seconds == {"a": 0.01}
+    assert len(waited) == waits
+    assert asked == [1, 1, {"cpu": 30, "cuda": 10}[device]]
+    assert device == "cpu" or sample.foreign is None
+
+
+def test_an_addmm_with_a_dtype_is_counted():
+    shapes = [(3, 7), (3, 5), (5, 7)]
+    parts = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+    with head.FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm: head.addmm_flops}) as counter:
+        torch.addmm(*parts)
+        torch.ops.aten.addmm.dtype(*parts, torch.float32)
+    assert counter.get_total_flops() == 2 * 2 * 3 * 5 * 7
 
 
 def test_the_bare_matmuls_are_those_of_the_head():

@@ -120,9 +120,8 @@ def test_rows_that_allow_nothing(tmp_path):
     tokens, logprobs, _, kept = draw(tmp_path, logits, top_k=2, top_p=0.9, **given)
     assert tokens[:2].tolist() == [0, 0]
     assert kept[:2].tolist() == [0, 0]
-    assert logprobs[:2].tolist() == [float("-inf"), 0]
     assert 0 <= tokens[2] < 300
-    assert logprobs[2].isnan()
+    assert logprobs.isnan().all()
 
 
 def test_a_draw_does_not_depend_on_the_others(interpreted, tmp_path):

@@ -1,10 +1,8 @@
 """The head's operations on the Triton backend: in the interpreter everywhere, on CUDA where there is some."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import interpreter
 import pytest
 import torch
 import triton_head
@@ -16,10 +14,21 @@ pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 
 def test_the_head_agrees_with_autograd_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    script = Path(triton_head.__file__)
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    interpreter.run_script(triton_head.__file__)
+
+
+def test_the_sampler_passes_the_tests_of_the_others_in_the_interpreter():
+    tests = Path(__file__).with_name("test_sampling.py")
+    names = "its_number and 129 or not_finite and 300 or everything_possible or any_strides"
+    # The interpreter computes with numpy, which warns of the NaN that are wanted.
+    how = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-k", f"triton and ({names})"]
+    interpreter.run_script("-m", "pytest", *how, tests)
+
+
+def test_the_interpreter_is_not_asked_for_what_it_cannot_do():
+    assert "needs triton >= 3.7 or numpy < 2.4" in interpreter.fault("3.6.0", "2.4.1")
+    assert not interpreter.fault("3.7.0", "2.4.1")
+    assert not interpreter.fault("3.6.0", "2.3.5")
 
 
 @pytest.mark.gpu

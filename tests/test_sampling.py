@@ -164,6 +164,21 @@ def test_when_everything_possible_is_forbidden_the_logprob_says_so():
         assert tokens[1] == 2
 
 
+@pytest.mark.parametrize("vocabulary", [1, 300])
+def test_tensors_of_any_strides_are_taken(vocabulary):
+    """Rows apart, columns apart, a transposed row of one column, numbers at every second place."""
+    logits, numbers, ids = torch.randn(6, vocabulary), torch.arange(6), torch.tensor([7, 290, 5])
+    flags, apart = torch.tensor([True, False] * 3), torch.zeros(6, 2, vocabulary, 2)
+    apart[:, 1, :, 1] = logits
+    more = {"forbidden_ids": ids, "is_forbidden": flags}
+    expected = ops.sample_tokens(logits, 7, numbers, numbers, **more)
+    twice = {name: part.repeat_interleave(2)[::2] for name, part in more.items()}
+    every_second = torch.arange(12).div(2, rounding_mode="floor")[::2]
+    for strided in (apart[:, 1, :, 1], logits.t().contiguous().t(), torch.cat([logits, logits], 1)[:, :vocabulary]):
+        found = ops.sample_tokens(strided, 7, every_second, every_second, **twice)
+        assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+
+
 def test_greedy_takes_the_first_of_the_most_probable():
     logits = torch.full((4, 1001), -1.0)
     logits[0, [300, 1000]], logits[1, 1000], logits[2, 0] = 2.0, 3.0, -0.5

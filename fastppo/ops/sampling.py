@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastppo import reference_sampling
-from fastppo.ops.backends import backend, native
+from fastppo.ops.backends import backend, native, on_device
 from fastppo.ops.row_types import Scaling
 
 # Fewer logits than this are drawn from sooner than a second thread has woken up.
@@ -36,11 +36,17 @@ def sample_tokens(
     A token is a function of its row, of seed, and of its request and position, (N,) int64 each: not of the batch.
     Rows with `is_forbidden` (N,) bool, every row if None, may not draw `forbidden_ids` (E,) int64. Log-probs and
     entropies are those of all tokens at the temperature; kept_mass is the probability of those that could be drawn.
+    A log-prob of NaN marks a row in which nothing can be drawn; its other results mean nothing.
     See `reference_sampling.sample_tokens` for the definition. Raises ValueError for what cannot be served.
     """
     scaling = Scaling(temperature, softcap, logit_scale)
     _check_scalars(scaling, top_k, top_p)
     _check_tensors(logits, requests, positions, forbidden_ids, is_forbidden)
+    # The kernels read rows of any distance, but dense ones. A clone, for contiguous() leaves the strides of (N, 1).
+    logits = logits if logits.stride(1) == 1 else logits.clone(memory_format=torch.contiguous_format)
+    requests, positions = requests.contiguous(), positions.contiguous()
+    forbidden_ids = None if forbidden_ids is None else forbidden_ids.contiguous()
+    is_forbidden = None if is_forbidden is None else is_forbidden.contiguous()
     kind = backend(logits.device)
     if kind == "native" and logits.dtype in (torch.float32, torch.bfloat16):
         limits, forbidden = (top_k, top_p, greedy), (forbidden_ids, is_forbidden)
@@ -50,7 +56,8 @@ def sample_tokens(
     if kind == "triton" and not greedy:
         from fastppo.kernels.sampling import sample
 
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = sample(logits, seed, requests, positions, **more)
+        with on_device(logits):
+            result: tuple[Tensor, Tensor, Tensor, Tensor] = sample(logits, seed, requests, positions, **more)
         return result
     return reference_sampling.sample_tokens(logits, seed, requests, positions, **more, greedy=greedy)
 
@@ -62,11 +69,8 @@ def _sample_natively(
     limits: tuple[int, float, bool],
     forbidden: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
     seed, requests, positions = numbers
-    # Named here, so that what is copied lives until the call ends.
-    parts = [part if part is None else part.contiguous() for part in (requests, positions, *forbidden)]
-    addresses = [0 if part is None else part.data_ptr() for part in parts]
+    addresses = [0 if part is None else part.data_ptr() for part in (requests, positions, *forbidden)]
     tokens = torch.empty(len(logits), dtype=torch.int64)
     logprobs, entropies, kept_mass = torch.empty(3, len(logits))
     native().sample_tokens(
