@@ -36,30 +36,32 @@ def sample_tokens(
     A token is a function of its row, of seed, and of its request and position, (N,) int64 each: not of the batch.
     Rows with `is_forbidden` (N,) bool, every row if None, may not draw `forbidden_ids` (E,) int64. Log-probs and
     entropies are those of all tokens at the temperature; kept_mass is the probability of those that could be drawn.
-    A log-prob of NaN marks a row in which nothing can be drawn; its other results mean nothing.
-    See `reference_sampling.sample_tokens` for the definition. Raises ValueError for what cannot be served.
+    A log-prob of NaN marks a row in which nothing can be drawn; its other results mean nothing. Raises ValueError.
+    Defined by `reference_sampling.sample_tokens`.
     """
     scaling = Scaling(temperature, softcap, logit_scale)
     _check_scalars(scaling, top_k, top_p)
     _check_tensors(logits, requests, positions, forbidden_ids, is_forbidden)
-    # The kernels read rows of any distance, but dense ones. A clone, for contiguous() leaves the strides of (N, 1).
-    logits = logits if logits.stride(1) == 1 else logits.clone(memory_format=torch.contiguous_format)
-    requests, positions = requests.contiguous(), positions.contiguous()
-    forbidden_ids = None if forbidden_ids is None else forbidden_ids.contiguous()
-    is_forbidden = None if is_forbidden is None else is_forbidden.contiguous()
+    logits, requests, positions, *forbidden = _dense(logits, requests, positions, forbidden_ids, is_forbidden)
     kind = backend(logits.device)
     if kind == "native" and logits.dtype in (torch.float32, torch.bfloat16):
-        limits, forbidden = (top_k, top_p, greedy), (forbidden_ids, is_forbidden)
-        return _sample_natively(logits, (seed, requests, positions), scaling, limits, forbidden)
+        limits = (top_k, top_p, greedy)
+        return _sample_natively(logits, (seed, requests, positions), scaling, limits, (forbidden[0], forbidden[1]))
     more: dict[str, Any] = scaling._asdict() | {"top_k": top_k, "top_p": top_p}
-    more |= {"forbidden_ids": forbidden_ids, "is_forbidden": is_forbidden}
+    more |= {"forbidden_ids": forbidden[0], "is_forbidden": forbidden[1]}
     if kind == "triton" and not greedy:
         from fastppo.kernels.sampling import sample
 
         with on_device(logits):
-            result: tuple[Tensor, Tensor, Tensor, Tensor] = sample(logits, seed, requests, positions, **more)
-        return result
+            return sample(logits, seed, requests, positions, **more)  # type: ignore[no-any-return]
     return reference_sampling.sample_tokens(logits, seed, requests, positions, **more, greedy=greedy)
+
+
+def _dense(logits: Tensor, *numbers: Tensor | None) -> Any:
+    """Return all as the kernels read them: numbers side by side, rows of logits at any distance, but dense."""
+    # A clone, for contiguous() leaves the strides of (N, 1).
+    dense = logits if logits.stride(1) == 1 else logits.clone(memory_format=torch.contiguous_format)
+    return dense, *(None if part is None else part.contiguous() for part in numbers)
 
 
 def _sample_natively(
