@@ -53,7 +53,7 @@ bench-head: $(STAMP) ## time the loss head and the sampler, against the peers th
 bench-peers: $(STAMP) ## make the environments of the libraries that the benchmarks compare with
 	sh benchmarks/peers/install.sh
 
-mutants: $(STAMP) ## put known bugs into a copy of the source: the tests must fail on each (half an hour)
+mutants: $(STAMP) ## put known bugs into a copy of the source: the tests must fail on each (long: C++ is built anew for many)
 	$(PY) tests/mutations.py
 
 size: $(STAMP) ## lines per file, held under the ceilings

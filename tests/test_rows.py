@@ -158,20 +158,18 @@ def test_a_cap_leaves_no_log_prob_above_zero(temperature):
     u = torch.full((9, 300), -20.0)
     labels = torch.arange(9) * 7
     u[torch.arange(9), labels] = torch.linspace(10, 290, 9)
-    scaling, exact = Scaling(temperature, 30.0), u.double().requires_grad_()
-    truth = oracle(exact, labels, scaling)[0]
+    scaling = Scaling(temperature, 30.0)
+    truth = oracle(u.double(), labels, scaling)[0]
     stats = row_ops.statistics(u, labels, scaling)
     assert (stats.logprobs <= 0).all()
     torch.testing.assert_close(stats.logprobs.double(), truth, atol=1e-6, rtol=1e-5)
     # Its slope is the cap's, which subtracted from 1 would have no digits left here.
     one = torch.ones(9)
     du = row_ops.gradient(u, labels, stats, Upstream(None, None, one), scaling, out=torch.empty_like(u))
-    (slopes,) = torch.autograd.grad(oracle(exact, labels, scaling)[2].sum(), exact)
     rows = torch.arange(9)
     expected = 4 * torch.exp(-2 * u.double().abs() / 30) / (1 + torch.exp(-2 * u.double().abs() / 30)) ** 2
     p = torch.softmax(scaled(u.double(), scaling), -1)
     torch.testing.assert_close(du[rows, labels].double(), (p * expected / temperature)[rows, labels], atol=0, rtol=1e-4)
-    assert slopes.isfinite().all()
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0, -1000.0])

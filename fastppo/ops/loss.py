@@ -69,9 +69,9 @@ def _loss_of_chunk(chunk: Chunk, given: _LossPass, hidden: Tensor, grads: Gradie
     rows, buffer, logits, ref = chunk
     labels, numbers = given.labels[rows], given.numbers[rows]
     loss = given.loss
-    # A subclass may call otherwise.
-    is_plain = type(loss) is PPOLoss and given.weights is None and ref is None
-    if is_plain and isinstance(loss, PPOLoss) and loss.is_fp32 and row_ops.has_fused_ppo(logits):
+    # Not a subclass, which may compute something else. With a reference there is no PPOLoss: check_loss refuses it.
+    is_ppo = type(loss) is PPOLoss and given.weights is None
+    if is_ppo and isinstance(loss, PPOLoss) and loss.is_fp32 and row_ops.has_fused_ppo(logits):
         du = buffer.gradient(len(logits)) if grads.are_wanted else None
         losses, logprobs, entropies = row_ops.ppo(logits, labels, loss.take(numbers), given.scaling, du)
         loss.record(logprobs, entropies, numbers)
@@ -138,10 +138,6 @@ def linear_loss(
     )
     check_labels(given.labels, len(weight))
     return _LinearLoss.apply(hidden, weight, bias, given)  # type: ignore[no-any-return]
-
-
-def _numbers(labels: Tensor) -> Tensor:
-    return torch.arange(len(labels), device=labels.device)
 
 
 def _read_rows(hidden: Tensor, given: _LossPass, ignore_index: int | None) -> tuple[Tensor, _LossPass]:
