@@ -94,6 +94,8 @@ class PPOConfig:
     missing_eos_penalty: float | None = None
     """Subtracted from the score of a response that does not end in an end-of-sequence token."""
     gradient_checkpointing: bool = False
+    bf16: bool = False
+    """Compute in bf16; what is trained keeps fp32 masters in the optimiser, and losses and statistics are fp32."""
     overlong_prompts: str = "error"
     """What `train` does with prompts that do not fit the context: error, drop or truncate (from the left)."""
     max_skipped_steps: int = 5

@@ -161,6 +161,19 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
             setattr(layer, name, value)
 
 
+@torch.no_grad()
+def to_bf16(model: nn.Module) -> None:
+    """Round the weights of the network to bf16, in place; adapters and the value head, which are small, stay fp32.
+
+    Buffers stay as well: the frequencies of a rotary embedding would lose positions.
+    """
+    inner = causal_lm(model)
+    for name, parameter in inner.named_parameters():
+        if parameter.dtype == torch.float32 and not ("lora_" in name or "modules_to_save" in name):
+            parameter.data = parameter.data.bfloat16()
+    inner.config.dtype = torch.bfloat16
+
+
 def weight_version(model: nn.Module) -> tuple[int, ...]:
     """Return a fingerprint of all the weights and of which adapter is on.
 

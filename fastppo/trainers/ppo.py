@@ -16,7 +16,7 @@ from fastppo.config import PPOConfig
 from fastppo.core import flatten_dict, set_seed
 from fastppo.engine.engine import Engine, context_length
 from fastppo.engine.stopping import end_ids
-from fastppo.models.network import causal_lm, language_head, verify_head, weight_version
+from fastppo.models.network import causal_lm, language_head, to_bf16, verify_head, weight_version
 from fastppo.models.reference import Reference
 from fastppo.rewards import is_listed, parse_scores
 from fastppo.trainers import generation, padded, report, setup, state
@@ -50,7 +50,7 @@ class PPOTrainer:
         training_data_collator: Callable[..., Any] | None = None,
     ):
         config = PPOConfig() if config is None else config
-        setup.check_arguments(config, model, ref_model, tokenizer, num_shared_layers)
+        setup.check_arguments(config, model, ref_model, tokenizer, num_shared_layers, optimizer)
         setup.check_overrides(type(self), PPOTrainer)
         config.check()
         set_seed(config.seed)
@@ -71,6 +71,8 @@ class PPOTrainer:
     def _attach(self, model: Any, ref_model: Any, num_shared_layers: int | None) -> None:
         """Put the models in place: policy, reference, and the engine on the policy's weights."""
         self.model = model if hasattr(model.pretrained_model, "hf_device_map") else model.to(self.current_device)
+        if self.config.bf16:
+            to_bf16(self.model)
         verify_head(self.model)
         self.is_encoder_decoder, self.is_peft_model = False, model.is_peft_model
         self.config.is_encoder_decoder, self.config.is_peft_model = False, self.is_peft_model

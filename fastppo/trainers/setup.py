@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from fastppo.config import PPOConfig
 from fastppo.models.value_head import AutoModelForCausalLMWithValueHead
+from fastppo.trainers.masters import MasterAdam
 
 HONOURED_OVERRIDES = ("compute_rewards", "compute_advantages", "log_stats")
 # Stages of TRL's trainer that have no counterpart here: an override would be silently without effect.
@@ -32,7 +33,9 @@ _TRL_STAGES = (
 )
 
 
-def check_arguments(config: Any, model: Any, ref_model: Any, tokenizer: Any, num_shared_layers: int | None) -> None:
+def check_arguments(
+    config: Any, model: Any, ref_model: Any, tokenizer: Any, num_shared_layers: int | None, optimizer: Any = None
+) -> None:
     """Raise ValueError for arguments of the wrong kind."""
     from transformers import PreTrainedTokenizerBase
 
@@ -42,6 +45,11 @@ def check_arguments(config: Any, model: Any, ref_model: Any, tokenizer: Any, num
         raise ValueError(
             f"model must be an AutoModelForCausalLMWithValueHead, got {type(model).__name__}; "
             "wrap it with AutoModelForCausalLMWithValueHead.from_pretrained(model)"
+        )
+    if config.bf16 and optimizer is not None:
+        raise ValueError(
+            f"PPOConfig.bf16=True came with an optimizer ({type(optimizer).__name__}), which has no fp32 masters for "
+            "bf16 weights; leave the optimizer out, or pass fastppo.trainers.masters.MasterAdam and a bf16 model"
         )
     if ref_model is not None and not hasattr(ref_model, "parameters"):
         raise ValueError(f"ref_model must be a model or None, got {type(ref_model).__name__}")
@@ -83,8 +91,7 @@ def make_accelerator(config: PPOConfig) -> Any:
     accelerator = Accelerator(log_with=config.log_with, project_config=ProjectConfiguration(**project), **options)
     if accelerator.mixed_precision != "no":
         warnings.warn(
-            f"mixed_precision={accelerator.mixed_precision!r} is not applied; load the model with dtype=torch.bfloat16 "
-            "to compute in it",
+            f"mixed_precision={accelerator.mixed_precision!r} is not applied; PPOConfig(bf16=True) computes in bf16",
             stacklevel=3,
         )
     if config.log_with is not None:
@@ -94,7 +101,7 @@ def make_accelerator(config: PPOConfig) -> Any:
 
 
 def make_optimizer(model: Any, config: PPOConfig) -> torch.optim.Optimizer:
-    """Return Adam over the trainable parameters, fused where the device has it."""
+    """Return Adam over the trainable parameters, fused where the device has it, with fp32 masters of half-precision."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("the model has no trainable parameter; load it with is_trainable=True, or add a peft_config")
@@ -106,7 +113,10 @@ def make_optimizer(model: Any, config: PPOConfig) -> torch.optim.Optimizer:
             {"params": [p for p in parameters if id(p) not in critic]},
             {"params": [p for p in parameters if id(p) in critic], "lr": config.critic_learning_rate},
         ]
-    return torch.optim.Adam([group for group in groups if group["params"]], lr=config.learning_rate, fused=fused)
+    groups = [group for group in groups if group["params"]]
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters):
+        return MasterAdam(groups, lr=config.learning_rate)
+    return torch.optim.Adam(groups, lr=config.learning_rate, fused=fused)
 
 
 def make_scheduler(

@@ -1,0 +1,68 @@
+"""Adam for weights that are computed with in bf16: each keeps an fp32 master, which the updates are added to.
+
+A bf16 weight cannot take an update below 1/256 of itself, which is what most updates are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+
+class MasterAdam(torch.optim.Optimizer):
+    """Adam as torch defines it on fp32 masters; weights are the masters rounded, and gradients may be of any dtype.
+
+    Weights that are fp32 are their own masters. `found_inf`, a () tensor that gradient scalers set, leaves everything
+    as it was where it is not 0.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Update masters and weights from the gradients."""
+        if closure is not None:
+            raise ValueError("MasterAdam takes no closure: call backward first")
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros(2, *parameter.shape, device=parameter.device).unbind()
+            if parameter.dtype != torch.float32:
+                state["master"] = parameter.float()
+        master = state.get("master", parameter)
+        assert parameter.grad is not None
+        beta1, beta2 = group["betas"]
+        # One weight at a time, so that only one fp32 gradient exists.
+        adam(
+            [master], [parameter.grad.float()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
+            lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
+            amsgrad=False, maximize=False, fused=True, found_inf=getattr(self, "found_inf", None),
+        )  # fmt: skip
+        if master is not parameter:
+            parameter.copy_(master)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; torch would round it to the dtype of the weights."""
+        super().load_state_dict(state_dict)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, entries in state_dict["state"].items():
+            parameter = parameters[number]
+            self.state[parameter] = {name: value.to(parameter.device).clone() for name, value in entries.items()}

@@ -1,0 +1,90 @@
+"""bf16 training: fp32 masters, through steps, skips and checkpoints."""
+
+import copy
+
+import pytest
+import torch
+
+from fastppo import PPOConfig, PPOTrainer
+from fastppo.trainers.masters import MasterAdam
+from tests.tiny_trainers import lora, policy
+
+
+def gradients(parameter, seed):
+    parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)).to(parameter.dtype)
+
+
+def test_it_is_adam_on_the_masters():
+    start = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = torch.nn.Parameter(start.clone())
+    oracle = torch.nn.Parameter(start.double())
+    ours = MasterAdam([weight], lr=1e-4, weight_decay=0.1)
+    theirs = torch.optim.Adam([oracle], lr=1e-4, weight_decay=0.1)
+    for step in range(20):
+        gradients(weight, step)
+        oracle.grad = weight.grad.double()
+        ours.step()
+        theirs.step()
+    master = ours.state[weight]["master"]
+    assert torch.allclose(master.double(), oracle, rtol=0, atol=3e-6)
+    assert torch.equal(weight, master.bfloat16())
+    # The updates, 20 of 1e-4, are too small for most bf16 weights to move one at a time.
+    assert (master - start.float()).abs().mean() > 2e-4
+
+
+def test_a_bad_step_changes_nothing():
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = MasterAdam([weight], lr=0.1)
+    gradients(weight, 0)
+    optimizer.step()
+    before, master = weight.clone(), optimizer.state[weight]["master"].clone()
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert torch.equal(weight, before)
+    assert torch.equal(optimizer.state[weight]["master"], master)
+
+
+def test_loading_keeps_fp32():
+    weight = torch.nn.Parameter(torch.randn(3, 3).bfloat16())
+    optimizer = MasterAdam([weight], lr=1e-3)
+    gradients(weight, 0)
+    optimizer.step()
+    other = MasterAdam([torch.nn.Parameter(weight.detach().clone())], lr=1e-3)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    (loaded,) = other.state.values()
+    assert loaded["master"].dtype == loaded["exp_avg"].dtype == torch.float32
+    assert torch.equal(loaded["master"], optimizer.state[weight]["master"])
+
+
+def batch(trainer, rows=4):
+    generator = torch.Generator().manual_seed(3)
+    queries = [torch.randint(2, 40, (5 + i,), generator=generator) for i in range(rows)]
+    rollout = trainer.generate(queries, return_prompt=False, max_new_tokens=6, min_new_tokens=6)
+    return queries, rollout, [float(i) for i in range(rows)]
+
+
+@pytest.mark.parametrize("make", [lambda: policy("llama"), lambda: policy("gpt2"), lambda: lora("llama")])
+def test_a_step_in_bf16(make, tmp_path):
+    torch.manual_seed(0)
+    model = make()
+    trainer = PPOTrainer(PPOConfig(batch_size=4, mini_batch_size=2, ppo_epochs=2, bf16=True), model)
+    kinds = {name: p.dtype for name, p in model.pretrained_model.named_parameters()}
+    assert all((dtype == torch.float32) == ("lora_" in name) for name, dtype in kinds.items())
+    assert trainer.model.v_head.summary.weight.dtype == torch.float32
+    stats = trainer.step(*batch(trainer))
+    assert stats["ppo/skipped_steps"] == 0
+    assert stats["ppo/policy/logprob_gap_max"] < 0.3
+    trainer.save_checkpoint(tmp_path / "checkpoint-000001")
+    other = PPOTrainer(PPOConfig(batch_size=4, mini_batch_size=2, ppo_epochs=2, bf16=True), make())
+    other.resume_from(tmp_path / "checkpoint-000001")
+    for one in (trainer, other):
+        torch.manual_seed(1)
+        one.step(*batch(one))
+    pairs = zip(trainer.model.parameters(), other.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_an_optimizer_without_masters_is_refused():
+    model = policy("gpt2")
+    with pytest.raises(ValueError, match=r"PPOConfig.bf16=True came with an optimizer \(Adam\)"):
+        PPOTrainer(PPOConfig(bf16=True), model, optimizer=torch.optim.Adam(model.parameters()))
