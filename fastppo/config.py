@@ -94,6 +94,13 @@ class PPOConfig:
     missing_eos_penalty: float | None = None
     """Subtracted from the score of a response that does not end in an end-of-sequence token."""
     gradient_checkpointing: bool = False
+    consistency: str = "bounded"
+    """How recorded log-probs agree with the update's: bounded (measured, and computed anew where they are too far
+    apart) or exact (bit for bit, by row-invariant matmuls in both)."""
+    rescore_every: int = 10
+    """Steps between measurements of that agreement on a few responses."""
+    importance_cap: float = 2.0
+    """Largest importance weight of a token whose recorded log-prob was refused."""
     bf16: bool = False
     """Compute in bf16; what is trained keeps fp32 masters in the optimiser, and losses and statistics are fp32."""
     overlong_prompts: str = "error"
@@ -182,6 +189,9 @@ _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("gamma", *_SHARE),
     ("lam", *_SHARE),
     ("lam_critic", *_SHARE),
+    ("consistency", *_one_of("bounded", "exact")),
+    ("rescore_every", *_COUNT),
+    ("importance_cap", *_POSITIVE),
     ("cliprange", (lambda value: 0 < value <= 1), "greater than 0 and at most 1"),
     ("cliprange_high", *_POSITIVE),
     ("cliprange_value", *_POSITIVE),

@@ -110,6 +110,7 @@ class Evaluation:
     values: Tensor  # (T,) fp32, V_old before each token
     exact_kl: Tensor | None  # (T,) fp32, KL(π_old || π_ref) over the vocabulary, for kl_penalty="full"
     is_recorded: bool  # log-probs and values were recorded while sampling
+    importance: Tensor | None = None  # (T,) fp32, π_old over the recorded probability, where the records are refused
 
 
 @dataclass(frozen=True, eq=False)

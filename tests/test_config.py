@@ -75,6 +75,9 @@ WRONG = [
     ("score_clip", 0.0, "greater than 0"),
     ("overlong_prompts", "cut", "one of error, drop, truncate"),
     ("max_skipped_steps", 0, "a whole number from 1"),
+    ("consistency", "bitwise", "one of bounded, exact"),
+    ("rescore_every", 0, "a whole number from 1"),
+    ("importance_cap", 0.0, "greater than 0"),
     ("compat", "trl-0.11", "one of trl-0.7"),
 ]
 

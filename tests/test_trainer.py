@@ -139,8 +139,8 @@ def test_records_and_plain_lists_give_the_same_step():
         trainers[0].step(queries, rollout, rewards_of(rollout)),
         trainers[1].step(queries, list(rollout), rewards_of(rollout)),
     ]
-    assert stats[0].keys() == stats[1].keys()
-    for name in stats[0]:
+    assert {name for name in stats[0] if "/agreement/" not in name} == stats[1].keys() - {"ppo/agreement/recomputed"}
+    for name in stats[1]:
         if not name.startswith("time/"):
             np.testing.assert_allclose(stats[0][name], stats[1][name], atol=1e-4, rtol=1e-4, err_msg=name)
     assert_same(state_of(trainers[0]), state_of(trainers[1]), atol=1e-4)

@@ -26,7 +26,7 @@ def evaluate(
     count, device = len(samples.labels), samples.labels.device
     logprobs, ref_logprobs, values, kl = torch.zeros(4, count, device=device).unbind()
     if rollout is not None and rollout.values is not None:
-        index = _recorded(samples, rollout).to(device)
+        index = recorded_tokens(samples, rollout).to(device)
         logprobs, values = rollout.logprobs[index], rollout.values[index]
     for group in length_groups(samples.lengths, max_size):
         tokens = samples.take(group).to(device)
@@ -56,7 +56,7 @@ def token_logprobs(model: Any, hidden: Tensor, samples: Samples, tokens: Tensor)
     return ops.linear_logprobs(hidden, head.weight, labels, ignore_index=None, **shape)[0]
 
 
-def _recorded(samples: Samples, rollout: Rollout) -> Tensor:
+def recorded_tokens(samples: Samples, rollout: Rollout) -> Tensor:
     """Return the places of the trainable tokens among the rollout's records, (T,)."""
     starts = rollout.offsets[list(samples.rows)]
     return samples.positions + torch.repeat_interleave(starts, samples.offsets.diff())

@@ -22,6 +22,7 @@ from fastppo.rewards import is_listed, parse_scores
 from fastppo.trainers import generation, padded, report, setup, state
 from fastppo.trainers.conclude import conclude
 from fastppo.trainers.evaluate import evaluate
+from fastppo.trainers.records import Records
 from fastppo.trainers.samples import check_samples
 from fastppo.trainers.update import optimise
 from fastppo.types import Evaluation, Experience, Rollout, Samples
@@ -64,6 +65,7 @@ class PPOTrainer:
         self.lr_scheduler = lr_scheduler or setup.make_scheduler(self.optimizer, config)
         self.has_own_schedule = lr_scheduler is not None
         self.kl_ctl = controllers.make_kl_controller(config)
+        self.records = Records(config)
         self.running = controllers.RunningMoments(self.accelerator)
         self.current_step = self.nonfinite_in_a_row = 0
         self.best_score = -math.inf
@@ -151,6 +153,7 @@ class PPOTrainer:
         with clock("calc_stats"):
             rate = self.optimizer.param_groups[0]["lr"]
             stats = report.build_stats(experience, losses, self.kl_ctl.value, rate, self.config)
+            stats |= {f"ppo/{name}": value for name, value in self.records.stats(evaluation).items()}
         conclude(self, stats, losses)
         return stats | clock.seconds()
 
@@ -192,8 +195,10 @@ class PPOTrainer:
 
     def _evaluate(self, samples: Samples, rollout: Rollout | None) -> Evaluation:
         exact = self.config.kl_penalty == "full"
-        size = self.config.micro_batch_size
-        return evaluate(self.model, self.reference, samples, rollout, max_size=size, exact_kl=exact)
+        options: dict[str, Any] = {"max_size": self.config.micro_batch_size, "exact_kl": exact}
+        if rollout is None or self.records.check(self.model, samples, rollout, self.current_step):
+            return evaluate(self.model, self.reference, samples, rollout, **options)
+        return self.records.weigh(evaluate(self.model, self.reference, samples, None, **options), samples, rollout)
 
     def _process(self, scores: Tensor, samples: Samples) -> Tensor:
         if self.config.missing_eos_penalty is not None:

@@ -34,6 +34,7 @@ def save_checkpoint(trainer: Any, directory: Pathlike, extra: dict[str, Any]) ->
         "requests": trainer.engine.num_requests,
         "temperature": trainer.temperature,
         "nonfinite_in_a_row": trainer.nonfinite_in_a_row,
+        "records_refused": trainer.records.are_refused,
         "best_score": trainer.best_score if trainer.best_score > float("-inf") else None,
         "schedule": _schedule_state(trainer.lr_scheduler),
         "cursor": _cursor(trainer),
@@ -55,6 +56,7 @@ def resume_from(trainer: Any, directory: Pathlike) -> dict[str, Any]:
         setattr(trainer.running, name, state["running"][name])
     trainer.engine.num_requests, trainer.temperature = state["requests"], state["temperature"]
     trainer.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+    trainer.records.are_refused = state.get("records_refused", False)
     trainer.best_score = float("-inf") if state["best_score"] is None else state["best_score"]
     if trainer.lr_scheduler is not None and state["schedule"] is not None:
         trainer.lr_scheduler.load_state_dict(state["schedule"])

@@ -97,10 +97,11 @@ def _group_loss(
     hidden = response_hidden(model, experience.samples, group)
     head, weights = language_head(model), minibatch.weights[tokens]
     old = None if minibatch.is_first else experience.evaluation.logprobs[tokens]
+    importance = experience.evaluation.importance
     policy_loss = ops.PPOLoss(
         old_logprobs=old,
         advantages=experience.advantages[tokens],
-        weights=weights,
+        weights=weights if importance is None else weights * importance[tokens],
         clip_low=config.cliprange,
         clip_high=config.cliprange if config.cliprange_high is None else config.cliprange_high,
         entropy_coef=config.entropy_coef,
@@ -121,7 +122,9 @@ def _statistics(
     logprobs, entropies, values = (x[tokens] for x in new)
     weights, recorded = minibatch.weights[tokens], experience.evaluation.logprobs[tokens]
     old = logprobs if minibatch.is_first else recorded
-    stats, ratio = ppo.policy_statistics(logprobs, old, entropies, experience.advantages[tokens], weights, config)
+    importance, advantages = experience.evaluation.importance, experience.advantages[tokens]
+    policy_weights = weights if importance is None else weights * importance[tokens]
+    stats, ratio = ppo.policy_statistics(logprobs, old, entropies, advantages, policy_weights, config)
     old_values, returns = experience.evaluation.values[tokens], experience.returns[tokens]
     stats |= ppo.value_statistics(values, old_values, returns, weights, config)
     stats["loss/total"] = stats["loss/policy"] + config.vf_coef * stats["loss/value"]
