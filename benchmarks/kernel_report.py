@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.measure import versions
-from fastppo.kernels import logit_gradient, ppo, row_statistics, sampling, tile_statistics
+from fastppo.kernels import logit_gradient, paged_attention, ppo, row_statistics, sampling, tile_statistics
 
 RESULT = Path(__file__).parent / "results" / "kernel_report.json"
 # Ampere (A100), Hopper (H100, H200), Blackwell (B200), and the shared memory in bytes that a program may have there.
@@ -106,6 +106,24 @@ def _sample(name: str, logits: str, **flags: Any) -> Variant:
     return Variant(name, sampling._sample_kernel, pointers, limits | sizes | absent | flags, row_statistics.LAUNCH)
 
 
+def _paged(name: str, dtype: str, size: int, group: int, **flags: Any) -> Variant:
+    kernel, absent = paged_attention._split_kernel, {} if flags.get("HAS_SLOPES") else {"slopes_ptr": None}
+    sizes = {"KV_HEADS": 8, "GROUP": group, "HEAD": size, "VALUE": size, "BLOCK_G": 16, "BLOCK_D": size}
+    tiles = {"TILE": paged_attention.TILE[2 if dtype == "bf16" else 4], "BLOCK_E": size, "PAGE": 16, "SPLIT": 256}
+    constants = {"HAS_SOFTCAP": False, "HAS_SLOPES": False, "ACC": tl.float32} | sizes | tiles | absent | flags
+    pointers = {"*": "fp32"} | dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr"), dtype)
+    pointers |= dict.fromkeys(("sequences_ptr", "positions_ptr", "tables_ptr"), "i32")
+    return Variant(name, kernel, pointers, constants, paged_attention.LAUNCH)
+
+
+def _paged_variants() -> Iterator[Variant]:
+    yield _paged("paged_attention bf16", "bf16", 128, 4)
+    yield _paged("paged_attention fp32 all", "fp32", 128, 4, HAS_SOFTCAP=True, HAS_SLOPES=True)
+    merge = {"HAS_SINKS": True, "ACC": tl.float32, "HEADS": 32, "VALUE": 128, "BLOCK_E": 128, "SPLIT": 256}
+    pointers, launch = {"positions_ptr": "i32", "out_ptr": "bf16", "*": "fp32"}, tile_statistics.MERGE_LAUNCH
+    yield Variant("paged_attention merge", paged_attention._merge_kernel, pointers, merge, launch)
+
+
 def _row_variants() -> Iterator[Variant]:
     everything = {"HAS_SOFTCAP": True, "HAS_E": True}
     yield _statistics("row_statistics bf16", "bf16")
@@ -130,6 +148,7 @@ def variants() -> Iterator[Variant]:
     merge = {"ACC": tl.float32, "BLOCK": tile_statistics.MERGE_BLOCK}
     pointers, launch = {"labels_ptr": "i64", "*": "fp32"}, tile_statistics.MERGE_LAUNCH
     yield Variant("tile_statistics merge", tile_statistics._merge_kernel, pointers, merge, launch)
+    yield from _paged_variants()
     yield _sample("sample fp32", "fp32")
     limits = dict.fromkeys(("HAS_TOP_K", "HAS_TOP_P", "HAS_FORBIDDEN", "HAS_FLAGS"), True)
     yield _sample("sample bf16 all", "bf16", HAS_SOFTCAP=True, **limits)

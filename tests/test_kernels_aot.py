@@ -69,6 +69,12 @@ def test_tiles_of_half_precision_go_to_the_tensor_cores(name, capability):
     assert name.endswith("all") or found["async_load_128"] >= 4
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_half_precision_attention_goes_to_the_tensor_cores(capability):
+    assert kernel_report.figures("paged_attention bf16", capability)["tensor_core"] >= 4
+    assert kernel_report.figures("paged_attention fp32 all", capability)["tensor_core"] == 0
+
+
 def test_fp32_tiles_keep_their_24_bits():
     """A tensor core would round them to 11 bits."""
     assert kernel_report.figures("tile_statistics fp32 all", 90)["tensor_core"] == 0

@@ -114,3 +114,26 @@ def test_draws(dtype, vocabulary, limits):
     on_host = {name: part.cpu() if isinstance(part, torch.Tensor) else part for name, part in given.items()}
     check_draws(tuple(part.cpu() for part in found), on_host, scaling, limits, 1e-5, FACTOR)
     assert all(first.equal(again) for first, again in zip(found, sample(**given), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("more", [{}, {"window": 300, "softcap": 30.0}])
+def test_paged_attention(dtype, more):
+    from fastppo.kernels.paged_attention import paged_attention
+
+    from fastppo.reference_attention import attend_one
+
+    lengths = [1, 17, 256, 1000, 1999]
+    tables = torch.randperm(5 * 128, device=DEVICE).int().view(5, 128)
+    keys, values = (torch.randn(5 * 128, 16, 8, 128, device=DEVICE).to(dtype) for _ in range(2))
+    q, positions = torch.randn(5, 32, 128, device=DEVICE).to(dtype), torch.tensor(lengths, device=DEVICE).int() - 1
+    rows = torch.arange(5, device=DEVICE, dtype=torch.int32)
+    given = (q, (keys, values), rows, positions, tables)
+    found = paged_attention(*given, scale=0.1, **more)
+    assert torch.equal(found, paged_attention(*given, scale=0.1, **more))
+    for row, length in enumerate(lengths):
+        at = torch.arange(length, device=DEVICE)
+        k, v = (pool[tables[row, at // 16].long(), at % 16].double() for pool in (keys, values))
+        truth = attend_one(q[row : row + 1].double(), k, v, scale=0.1, **more)[0]
+        tolerance = 2e-6 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(found[row].double(), truth, rtol=tolerance, atol=tolerance)
