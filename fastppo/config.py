@@ -23,8 +23,7 @@ class PPOConfig:
     """Name of the run in a tracker."""
     seed: int = 0
     """Seed of sampling, shuffling and initialisation."""
-    log_with: str | None = None
-    """Tracker: wandb, tensorboard or trackio."""
+    log_with: str | None = None  # wandb, tensorboard or trackio
     task_name: str | None = None
     model_name: str = "gpt2"
     query_dataset: str = "imdb"
@@ -43,8 +42,7 @@ class PPOConfig:
     """Of the value head, which starts at random; None means learning_rate."""
     lr_scheduler_type: str = "constant"
     """Name of a transformers schedule: constant, linear, cosine, ..."""
-    warmup_steps: int = 0
-    """Iterations of linear warm-up."""
+    warmup_steps: int = 0  # iterations of linear warm-up
     adap_kl_ctrl: bool = True
     """Adapt the KL coefficient towards `target`; otherwise it stays at `init_kl_coef`."""
     init_kl_coef: float = 0.2
@@ -95,14 +93,13 @@ class PPOConfig:
     """Subtracted from the score of a response that does not end in an end-of-sequence token."""
     gradient_checkpointing: bool = False
     consistency: str = "bounded"
-    """How recorded log-probs agree with the update's: bounded (measured, and computed anew where they are too far
-    apart) or exact (bit for bit, by row-invariant matmuls in both)."""
+    """Recorded log-probs are the update's: bounded (up to rounding, which is measured) or exact (bit for bit)."""
     rescore_every: int = 10
-    """Steps between measurements of that agreement on a few responses."""
+    """Steps between measurements of that rounding on a few responses."""
     importance_cap: float = 2.0
     """Largest importance weight of a token whose recorded log-prob was refused."""
     bf16: bool = False
-    """Compute in bf16; what is trained keeps fp32 masters in the optimiser, and losses and statistics are fp32."""
+    """Compute in bf16; the optimiser keeps fp32 masters."""
     overlong_prompts: str = "error"
     """What `train` does with prompts that do not fit the context: error, drop or truncate (from the left)."""
     max_skipped_steps: int = 5
@@ -220,8 +217,7 @@ class SamplingConfig:
     max_new_tokens: int = 128
     min_new_tokens: int = 0
     """Tokens before an end-of-sequence token may be drawn."""
-    do_sample: bool = True
-    """False takes the most probable token."""
+    do_sample: bool = True  # False takes the most probable token
     temperature: float = 1.0
     top_k: int = 0
     """Draw from the k most probable tokens; 0 keeps all."""
