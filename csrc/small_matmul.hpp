@@ -1,0 +1,44 @@
+// Y = X Wᵀ for the few rows of a decode step, from weights that stay as torch stores them. An output is one sum in the
+// order of the inputs, so a row's results depend on that row alone: not on the other rows, not on the threads.
+#pragma once
+
+#include <cstdint>
+
+namespace fastppo {
+
+enum class WeightType : int { float32 = 0, bfloat16 = 1, int8 = 2 };
+
+// out[m, n] = scale * sum_k x[m, k] * w[n, k] + bias[n], added to out where `accumulate`. Sums are fp32. All strides
+// are in elements.
+struct SmallMatmul {
+  std::int64_t rows, inputs, outputs;
+  const float* x;  // (rows, inputs); a bfloat16 weight meets x rounded to bfloat16, as in torch's bf16 Linear
+  std::int64_t x_stride;
+  const void* weight;  // (outputs, inputs), or if transposed (inputs, outputs), GPT-2's Conv1D
+  std::int64_t weight_stride;
+  WeightType type;
+  bool is_transposed;
+  const float* row_scales;  // int8 only: (outputs,), w = code * row_scale; x is not rounded
+  const void* bias;         // (outputs,); null: none
+  bool bias_is_bfloat16;
+  float scale;
+  bool accumulate;
+  float* out;  // (rows, outputs)
+  std::int64_t out_stride;
+};
+
+// What every build of small_matmul.inc.hpp offers. `packed` is a copy of x in the kernel's order, aligned to 64 bytes:
+// all threads pack their share of it, meet at a barrier, and then do their parts; matmuls of the same x, rows, inputs
+// and type can share it. A thread may also pack the whole for itself alone: pack(matmul, own, 0, 1), without a barrier.
+struct SmallMatmulKernels {
+  std::int64_t (*packed_bytes)(std::int64_t rows, std::int64_t inputs, WeightType type);
+  // Reads x, x_stride, rows, inputs and type alone. inputs = 0 is allowed.
+  void (*pack)(const SmallMatmul& matmul, void* packed, int thread, int num_threads);
+  // A contiguous range of outputs, of all rows. No barrier inside; out is complete after the caller's.
+  void (*part)(const SmallMatmul& matmul, const void* packed, int thread, int num_threads);
+};
+
+// The whole of it, on up to `threads` threads of its own.
+void small_matmul(const SmallMatmul& matmul, int threads);
+
+}  // namespace fastppo
