@@ -11,6 +11,7 @@
 namespace py = pybind11;
 
 void bind_head(py::module_& module);      // bind_head.cpp
+void bind_matmul(py::module_& module);    // bind_matmul.cpp
 void bind_sampling(py::module_& module);  // bind_sampling.cpp
 
 namespace {
@@ -130,5 +131,6 @@ PYBIND11_MODULE(_native, module) {
              "Return the bin (N,) int64 of each sequence of lengths (N,) int64, in order, each to the bin with the "
              "fewest tokens. Raises ValueError when num_bins bins of max_per_bin sequences are too few.");
   bind_head(module);
+  bind_matmul(module);
   bind_sampling(module);
 }

@@ -2,11 +2,12 @@
 #include "head_rows.inc.hpp"
 #include "kernels.hpp"
 #include "sampling.inc.hpp"
+#include "small_matmul.inc.hpp"
 
 namespace fastppo {
 
 const Kernels& kernels_avx2() {
-  static const Kernels kernels = {"avx2", head_kernels, sampling_kernels};
+  static const Kernels kernels = {"avx2", head_kernels, sampling_kernels, small_matmul_kernels};
   return kernels;
 }
 

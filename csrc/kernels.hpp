@@ -4,6 +4,7 @@
 
 #include "head_rows.hpp"
 #include "sampling.hpp"
+#include "small_matmul.hpp"
 
 namespace fastppo {
 
@@ -11,6 +12,7 @@ struct Kernels {
   const char* isa;
   HeadKernels head;
   SamplingKernels sampling;
+  SmallMatmulKernels small_matmul;
 };
 
 const Kernels& kernels_generic();

@@ -30,6 +30,7 @@ inline std::uint32_t float_to_bits(float value) {
 }
 
 inline float to_float(float value) { return value; }
+inline float to_float(std::int8_t value) { return value; }
 inline float to_float(BFloat16 value) { return bits_to_float(static_cast<std::uint32_t>(value.bits) << 16); }
 
 // Round to nearest, ties to even; NaN stays NaN.

@@ -1,0 +1,71 @@
+"""A linear layer for the few rows of a decode step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastppo.ops.backends import backend, native
+
+# As the C++ kernels number them.
+WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+# Less arithmetic than this is done before a second thread has woken up.
+_MIN_PARALLEL = 2**19
+
+
+def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """Return x (M, K) times the transpose of weight (N, K), plus bias (N,), as fp32 (M, N), in `out` if given.
+
+    Sums are fp32; a bf16 weight meets x rounded to bf16. On the native backend a row's results depend on that row
+    alone, to the last bit, and it is faster than torch for up to 64 rows. Raises ValueError.
+    """
+    _check(x, weight, bias, out)
+    if out is None:
+        out = torch.empty(len(x), len(weight), dtype=torch.float32, device=x.device)
+    if backend(x.device) != "native" or weight.dtype not in (torch.float32, torch.bfloat16):
+        x = x.to(weight.dtype).float() if weight.dtype == torch.bfloat16 else x.float()
+        torch.mm(x, weight.float().t(), out=out)
+        return out if bias is None else out.add_(bias)
+    # Named here, so that what is copied lives until the call ends.
+    x, weight = _dense(x.float()), _dense(weight)
+    bias = None if bias is None else bias.contiguous()
+    native().small_matmul(
+        (*x.shape, len(weight)),
+        (x.data_ptr(), x.stride(0)),
+        (weight.data_ptr(), weight.stride(0), WEIGHT_TYPES[weight.dtype], False, 0),
+        (0, False) if bias is None else (bias.data_ptr(), bias.dtype == torch.bfloat16),
+        1.0,
+        False,
+        (out.data_ptr(), out.stride(0)),
+        torch.get_num_threads() if x.numel() * len(weight) >= _MIN_PARALLEL else 1,
+    )
+    return out
+
+
+def _dense(part: Tensor) -> Tensor:
+    """Return rows at any distance, each dense."""
+    # A clone, for contiguous() leaves the strides of (N, 1).
+    return part if part.stride(1) == 1 else part.clone(memory_format=torch.contiguous_format)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> None:
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}, expected (M, K) and (N, K)")
+    for name, part in (("x", x), ("weight", weight), ("bias", bias)):
+        if part is not None and not part.is_floating_point():
+            raise ValueError(f"{name} is {part.dtype}, expected a floating dtype: use .float()")
+        if part is not None and part.device != x.device:
+            raise ValueError(f"{name} is on {part.device}, expected {x.device}, where x is: use .to(x.device)")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype not in (torch.float32, weight.dtype)):
+        raise ValueError(
+            f"bias is {bias.dtype} {tuple(bias.shape)}, expected {weight.dtype} or torch.float32 of shape "
+            f"{tuple(weight.shape[:1])}"
+        )
+    shape = (len(x), len(weight))
+    if out is not None:
+        is_fp32 = out.dtype == torch.float32 and out.device == x.device
+        if tuple(out.shape) != shape or not is_fp32 or out.stride(1) != 1:
+            raise ValueError(
+                f"out is {out.dtype} {tuple(out.shape)} with strides {out.stride()} on {out.device}, expected "
+                f"torch.float32 {shape} on {x.device} with dense rows: pass torch.empty({shape})"
+            )
