@@ -9,10 +9,10 @@ PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 TORCH ?= $(if $(shell command -v nvidia-smi),,torch==2.13.0)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint fix types bench bench-head bench-peers mutants size check
+.PHONY: help install demo test test-all lint fix types bench bench-head bench-generate bench-peers mutants size check
 
 help:
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv with everything in it
 
@@ -49,6 +49,9 @@ bench: $(STAMP) ## time a whole PPO iteration
 bench-head: $(STAMP) ## time the loss head and the sampler, against the peers that `make bench-peers` has installed
 	$(if $(wildcard .venv-head/bin/python),.venv-head/bin/python,$(PY)) -m benchmarks.head
 	$(PY) -m benchmarks.sampling
+
+bench-generate: $(STAMP) ## time generation, against transformers and, after `make bench-peers`, llama.cpp
+	$(PY) -m benchmarks.generate
 
 bench-peers: $(STAMP) ## make the environments of the libraries that the benchmarks compare with
 	sh benchmarks/peers/install.sh

@@ -1,9 +1,10 @@
 """PPO iterations of fastppo: a side of benchmarks/step.py, which starts it.
 
-With `--gate` first, it times nothing: it compares the log-probs of one batch with what transformers computes for the
-same weights and tokens, and prints the largest difference.
+With `--gate`, it times nothing: it compares the log-probs of one batch with what transformers computes for the
+same weights and tokens, and prints the largest and the mean difference.
 """
 
+import argparse
 import sys
 import warnings
 from typing import Any
@@ -12,10 +13,11 @@ import numpy as np
 import torch
 
 import fastppo
+from benchmarks import recompute
 from benchmarks.peers import worker
 
 
-def make_trainer(workload: worker.Workload) -> Any:
+def make_trainer(workload: worker.Workload, dtype: str) -> Any:
     """Load the model and make a trainer of the same settings as the peers'."""
     from fastppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
@@ -24,6 +26,7 @@ def make_trainer(workload: worker.Workload) -> Any:
         mini_batch_size=workload.batch_size,
         ppo_epochs=worker.PPO_EPOCHS,
         learning_rate=worker.LEARNING_RATE,
+        **({"bf16": True} if dtype == "bf16" else {}),
     )
     model = AutoModelForCausalLMWithValueHead.from_pretrained(workload.model_dir)
     return PPOTrainer(config, model, tokenizer=worker.stub_tokenizer(workload.vocab_size))
@@ -35,27 +38,13 @@ def generation(workload: worker.Workload) -> dict[str, Any]:
     return {"max_new_tokens": length, "min_new_tokens": length, "do_sample": True, "top_k": 0, "top_p": 1.0}
 
 
-@torch.no_grad()
-def expected_logprobs(workload: worker.Workload, queries: list[torch.Tensor], responses: list[torch.Tensor]) -> Any:
-    """Compute the response log-probs with plain transformers, sample by sample, as one flat array."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(workload.model_dir).eval()
-    pieces = []
-    for query, response in zip(queries, responses, strict=True):
-        ids = torch.cat([query, response])[None]
-        logprobs = model(input_ids=ids).logits[0, len(query) - 1 : -1].float().log_softmax(-1)
-        pieces.append(logprobs.gather(-1, response[:, None])[:, 0])
-    return torch.cat(pieces).double().numpy()
-
-
-def gate(workload: worker.Workload) -> float:
-    """Return the largest difference to transformers, of the sampler's records and of `step` on plain lists."""
+def gate(workload: worker.Workload, dtype: str) -> dict[str, float]:
+    """Return the largest and the mean difference to transformers of the recorded log-probs and of those of `step`."""
     queries = list(workload.prompts(0))
-    trainer = make_trainer(workload)
+    trainer = make_trainer(workload, dtype)
     rollout = trainer.generate(queries, return_prompt=False, **generation(workload))
     responses = [torch.as_tensor(response) for response in rollout]
-    expected = expected_logprobs(workload, queries, responses)
+    expected = torch.cat(recompute.logprobs(recompute.load(workload.model_dir), queries, responses)).double().numpy()
     table = np.asarray(trainer.step(queries, responses, workload.scores(0))["objective/logprobs"])
     spans = [
         slice(len(query) - 1, len(query) - 1 + len(response))
@@ -63,18 +52,23 @@ def gate(workload: worker.Workload) -> float:
     ]
     stepped = np.concatenate([row[span] for row, span in zip(table, spans, strict=True)])
     recorded = rollout.logprobs.double().numpy()
-    return float(max(np.abs(stepped - expected).max(), np.abs(recorded - expected).max()))
+    gaps = np.abs(np.stack([stepped, recorded]) - expected)
+    return {"max": float(gaps.max()), "mean": float(gaps.mean(-1).max())}
 
 
 def main(argv: list[str]) -> None:
     """Answer the driver, or check the log-probs."""
     channel = worker.Channel()
     warnings.simplefilter("ignore")
-    if argv[0] == "--gate":
-        channel.send({"logprob_gap": gate(worker.parse_workload(argv[1:]))})
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], required=True)
+    parser.add_argument("--gate", action="store_true")
+    ours, rest = parser.parse_known_args(argv)
+    workload = worker.parse_workload(rest)
+    if ours.gate:
+        channel.send({"logprob_gaps": gate(workload, ours.dtype)})
         return
-    workload = worker.parse_workload(argv)
-    trainer = make_trainer(workload)
+    trainer = make_trainer(workload, ours.dtype)
     channel.ready(trainer.model.pretrained_model, workload, fastppo=fastppo.__version__)
     worker.serve_step_api(trainer, workload, channel, generation(workload))
 

@@ -1,23 +1,21 @@
 """Time a whole PPO iteration: generation, scoring and the update, on a Llama with random weights.
 
-    python -m benchmarks.step [--peers] [--size 15m|110m] [--iterations N] [--output FILE]
+    python -m benchmarks.step [--peers] [--size 15m|110m] [--dtype fp32 bf16] [--iterations N] [--output FILE]
 
 Every side runs in a process of its own and works only when asked, one iteration each in turn, so that all of them meet
-the same machine. `--peers` adds the libraries that `make bench-peers` installed.
+the same machine. `--peers` adds the libraries that `make bench-peers` installed, in fp32.
 """
 
 import argparse
-import json
-import os
-import subprocess
+import dataclasses
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
+from benchmarks.side import ROOT, Side
 
-ROOT = Path(__file__).resolve().parent.parent
 PEERS = {
     "trl-0.11.4": (".venv-trl0114", "trl_0_11_step.py"),
     "trl-1.12.0": (".venv-trl112", "trl_1_12_step.py"),
@@ -33,56 +31,12 @@ NOTES = [
     "scoring: everything between the sampled tokens and the first optimiser epoch, as each library divides it",
     "trl-0.11.4 trains a value head on the policy and keeps one reference copy, as fastppo does; scores are given",
     "trl-1.12.0 has value and reward models of their own, of the policy's size: more work for the same iteration",
+    "fastppo bf16: forward and backward in bf16, weights and optimiser in fp32; the peers compute in fp32",
     "peak_bytes: high-water mark of the side's process, models and libraries included",
 ]
-LOGPROB_BAR = 1e-4
+# Log-probs against transformers' in fp32: the largest difference in fp32, the mean in bf16.
+LOGPROB_BARS = {"fp32": 1e-4, "bf16": 0.05}
 PROMPT_LENGTH, RESPONSE_LENGTH = 16, 64
-
-
-class Side:
-    """One library in its own process, which answers a line with the figures of one iteration."""
-
-    def __init__(self, name: str, command: list[str]) -> None:
-        self.name = name
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )  # fmt: skip
-        self.samples: list[measure.Sample] = []
-        self.dropped = 0
-        self.hello = self.read()
-
-    def read(self) -> dict[str, Any]:
-        """Return the next answer; raise with the end of the side's error output when it has died."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if line:
-            return dict(json.loads(line))
-        self.process.wait()
-        self._errors.seek(0)
-        tail = "".join(self._errors.readlines()[-15:])
-        raise RuntimeError(f"{self.name} ended with code {self.process.returncode}; its last words:\n{tail}")
-
-    def iterate(self, tokens: int) -> measure.Sample:
-        """Run one iteration; raise if it generated another number of tokens than `tokens`."""
-        load = measure.ForeignLoad([self.process.pid])
-        load.wait_for_idle(measure.FOREIGN_LIMIT, patience_s=10)
-        load.restart()
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        answer = self.read()
-        foreign = load.read()
-        if answer["tokens"] != tokens:
-            raise RuntimeError(f"{self.name} generated {answer['tokens']} tokens, not {tokens}: not the same work")
-        return measure.Sample(answer["seconds"], answer["peak_bytes"], foreign)
-
-    def close(self) -> None:
-        """Let the process end by closing its input."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
 
 
 def write_model(directory: Path, size: str) -> None:
@@ -99,7 +53,7 @@ def write_model(directory: Path, size: str) -> None:
         intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        max_position_embeddings=512,
+        max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=None,
@@ -135,44 +89,40 @@ def peer_commands(arguments: argparse.Namespace, workload: list[str]) -> dict[st
     return commands
 
 
-def check_logprobs(workload: list[str]) -> float:
+def our_command(workload: list[str], dtype: str) -> list[str]:
+    """Return the command line of our side."""
+    return [sys.executable, "-m", "benchmarks.fastppo_step", "--dtype", dtype, *workload]
+
+
+def check_logprobs(workload: list[str], dtype: str) -> dict[str, float]:
     """Return how far our log-probs are from transformers'; exit when it is beyond the bar, for then no time counts."""
-    command = [sys.executable, "-m", "benchmarks.fastppo_step", "--gate", *workload]
-    side = Side("fastppo", command)
+    side = Side(f"fastppo {dtype}", [*our_command(workload, dtype), "--gate"])
     side.close()
-    gap = float(side.hello["logprob_gap"])
-    if not gap <= LOGPROB_BAR:
-        raise SystemExit(f"fastppo's log-probs differ from transformers' by {gap:.2e}, over {LOGPROB_BAR}: not timed")
-    return gap
+    gaps = {name: float(gap) for name, gap in side.hello["logprob_gaps"].items()}
+    measured, bar = "max" if dtype == "fp32" else "mean", LOGPROB_BARS[dtype]
+    if not gaps[measured] <= bar:
+        raise SystemExit(
+            f"{side.name}: log-probs differ from transformers' by {gaps}; {measured} over {bar}: not timed"
+        )
+    return gaps
 
 
-def check_same_model(sides: list[Side]) -> None:
+def check_same_model(sides: list[Side], dtypes: list[str]) -> None:
     """Exit when the sides do not compute the same mean log-prob for the same tokens."""
     prints = {side.name: side.hello["fingerprint"] for side in sides}
-    if max(prints.values()) - min(prints.values()) > LOGPROB_BAR:
+    if max(prints.values()) - min(prints.values()) > max(LOGPROB_BARS[dtype] for dtype in dtypes):
         raise SystemExit(f"the sides do not run the same model: mean log-probs {prints}")
 
 
-def take_turns(sides: list[Side], arguments: argparse.Namespace) -> None:
-    """Let the sides run one iteration each in turn until all have enough samples or the attempts are used up."""
-    tokens = arguments.batch_size * RESPONSE_LENGTH
-    for side in sides:
-        side.iterate(tokens)
-    for _ in range(3 * arguments.iterations):
-        for side in sides:
-            if len(side.samples) == arguments.iterations:
-                continue
-            sample = side.iterate(tokens)
-            clean = sample.is_clean(arguments.foreign_limit)
-            note = "" if clean else f" (dropped: others used {sample.foreign:.2f} of a core)"
-            print(f"{side.name}: {sample.seconds['iteration']:.2f} s{note}", file=sys.stderr)
-            if clean:
-                side.samples.append(sample)
-            else:
-                side.dropped += 1
+def check_bf16() -> None:
+    """Exit when this version of fastppo cannot train in bf16."""
+    from fastppo import PPOConfig
+
+    if "bf16" not in {field.name for field in dataclasses.fields(PPOConfig)}:
+        raise SystemExit("--dtype bf16 needs a fastppo whose PPOConfig has the field bf16, which this one has not")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -180,42 +130,54 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--no-fastppo", action="store_true", help="time the peers only")
     parser.add_argument("--size", choices=SIZES, default="15m")
+    parser.add_argument("--dtype", nargs="+", choices=LOGPROB_BARS, default=["fp32"], help="of fastppo's computation")
     parser.add_argument("--batch_size", type=int, help="sequences per iteration (32; 16 for 110m)")
     parser.add_argument("--iterations", type=int, default=5, help="samples per side that must be clean")
     parser.add_argument("--foreign-limit", type=float, default=measure.FOREIGN_LIMIT, help="cores others may use")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
-    arguments = parser.parse_args()
-    if "--peers" in sys.argv and not arguments.peers:
+    arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if not arguments.peers and "--peers" in (sys.argv[1:] if argv is None else argv):
         arguments.peers = list(PEERS)
     arguments.batch_size = arguments.batch_size or (16 if arguments.size == "110m" else 32)
     return arguments
 
 
-def main() -> None:
+def start_sides(model_dir: str, arguments: argparse.Namespace, more: dict[str, Any]) -> list[Side]:
+    """Check our log-probs and start everybody, warmed up; what was checked goes into `more`."""
+    write_model(Path(model_dir), arguments.size)
+    workload = workload_arguments(model_dir, arguments)
+    commands = peer_commands(arguments, workload)
+    if not arguments.no_fastppo:
+        more["logprob_gaps"] = {dtype: check_logprobs(workload, dtype) for dtype in arguments.dtype}
+        names = {dtype: "fastppo" if dtype == "fp32" else f"fastppo {dtype}" for dtype in arguments.dtype}
+        commands = {name: our_command(workload, dtype) for dtype, name in names.items()} | commands
+    sides = [Side(name, command) for name, command in commands.items()]
+    check_same_model(sides, arguments.dtype)
+    for side in sides:
+        side.iterate(arguments.batch_size * RESPONSE_LENGTH, arguments.foreign_limit)
+    return sides
+
+
+def main(argv: list[str] | None = None) -> None:
     """Run the benchmark, print its table and write its JSON."""
-    arguments = parse_arguments()
-    sides: list[Side] = []
-    more: dict[str, Any] = {"notes": NOTES, "foreign_limit": arguments.foreign_limit}
+    arguments = parse_arguments(argv)
+    if "bf16" in arguments.dtype and not arguments.no_fastppo:
+        check_bf16()
+    limit, tokens = arguments.foreign_limit, arguments.batch_size * RESPONSE_LENGTH
+    more: dict[str, Any] = {"notes": NOTES, "foreign_limit": limit}
     with tempfile.TemporaryDirectory() as model_dir:
-        write_model(Path(model_dir), arguments.size)
-        workload = workload_arguments(model_dir, arguments)
-        commands = peer_commands(arguments, workload)
-        if not arguments.no_fastppo:
-            more["logprob_gap"] = check_logprobs(workload)
-            commands = {"fastppo": [sys.executable, "-m", "benchmarks.fastppo_step", *workload]} | commands
-        for name, command in commands.items():
-            sides.append(Side(name, command))
-        check_same_model(sides)
-        take_turns(sides, arguments)
+        sides = start_sides(model_dir, arguments, more)
+        takers = {side.name: lambda side=side: side.iterate(tokens, limit) for side in sides}
+        turns = measure.take_turns(takers, arguments.iterations, limit)
         for side in sides:
             side.close()
-    rows = [row for side in sides if side.samples for row in measure.rows(side.name, side.samples)]
+    rows = [row for who, its in turns.items() if its.samples for row in measure.rows(who, its.samples)]
     print(measure.table(rows))
-    more["sides"] = {side.name: side.hello["versions"] | {"dropped": side.dropped} for side in sides}
+    more["sides"] = {side.name: side.hello["versions"] | {"dropped": turns[side.name].dropped} for side in sides}
     if arguments.output:
-        command_line = " ".join(["python -m benchmarks.step", *sys.argv[1:]])
+        command_line = " ".join(["python -m benchmarks.step", *(sys.argv[1:] if argv is None else argv)])
         measure.write_result(arguments.output, command_line, rows, **more)
-    if any(len(side.samples) < arguments.iterations for side in sides):
+    if any(len(its.samples) < arguments.iterations for its in turns.values()):
         raise SystemExit("too few clean samples: stop what else runs, or raise --foreign-limit and say so")
 
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make the environments of the libraries that benchmarks/step.py and benchmarks/head.py compare with, next to .venv in
+# Make the environments of the libraries that benchmarks/step.py, head.py and generate.py compare with, next to .venv in
 # the repository root, each with the versions it was measured with; run again, it does nothing.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -35,3 +35,7 @@ if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi
 make_environment .venv-head torch==2.13.0 trl==1.16.0 liger-kernel==0.8.5 transformers==5.23.0 accelerate==1.15.0 \
     datasets==5.2.0
 pwd >"$(.venv-head/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastppo_checkout.pth"
+
+# For benchmarks/generate.py: llama.cpp, compiled for this processor (minutes), and what writes a model for it.
+export CMAKE_ARGS="${CMAKE_ARGS:--DGGML_NATIVE=ON}"
+make_environment .venv-generate llama-cpp-python==0.3.36 gguf==0.19.0 safetensors numpy

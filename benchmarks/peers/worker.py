@@ -1,7 +1,9 @@
-"""What every side of the step benchmark shares: the workload, and talking to the driver line by line.
+"""What every side of benchmarks/step.py and generate.py shares: talking to the driver, and the workload of a step.
 
-Runs under each side's own environment, so it needs nothing but torch and tokenizers.
+Runs under each side's own environment: talking needs nothing but Python, a step's workload torch and tokenizers.
 """
+
+from __future__ import annotations
 
 import argparse
 import importlib.metadata
@@ -12,9 +14,10 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PAD, EOS = 0, 2
 LEARNING_RATE = 1e-5
@@ -34,11 +37,15 @@ class Workload:
 
     def prompts(self, iteration: int) -> torch.Tensor:
         """Draw the prompts of one iteration, (batch_size, prompt_length), the same on every side."""
+        import torch
+
         generator = torch.Generator().manual_seed(iteration)
         return torch.randint(3, self.vocab_size, (self.batch_size, self.prompt_length), generator=generator)
 
     def scores(self, iteration: int) -> list[torch.Tensor]:
         """Draw one score for each sample."""
+        import torch
+
         return list(torch.randn(self.batch_size, generator=torch.Generator().manual_seed(1000 + iteration)))
 
 
@@ -61,11 +68,13 @@ def stub_tokenizer(vocab_size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-@torch.no_grad()
 def fingerprint(model: torch.nn.Module, workload: Workload) -> float:
     """Compute the mean log-prob of a few fixed tokens, to show that every side has the same weights."""
+    import torch
+
     ids = workload.prompts(0)[:4]
-    logprobs = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+    with torch.no_grad():
+        logprobs = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
     return float(logprobs.gather(-1, ids[:, 1:, None]).mean())
 
 
@@ -94,6 +103,8 @@ class Channel:
 
     def ready(self, model: torch.nn.Module, workload: Workload, **versions: str) -> None:
         """Tell the driver that the model is loaded, with the versions in use and the model's fingerprint."""
+        import torch
+
         versions |= {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")}
         threads = torch.get_num_threads()
         self.send({"versions": versions, "threads": threads, "fingerprint": fingerprint(model, workload)})
