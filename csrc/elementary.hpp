@@ -1,4 +1,4 @@
-// exp, exp2 and tanh of a vector.
+// exp, exp2, tanh, the logistic function and the normal distribution's, of a vector.
 #pragma once
 
 #include "simd.hpp"
@@ -61,6 +61,37 @@ inline Vec tanh(Vec x, Vec* slope) {
 inline Vec tanh(Vec x) {
   Vec slope;
   return tanh(x, &slope);
+}
+
+// 1 / (1 + e^(-x)), by e^(-|x|), which cannot overflow.
+inline Vec logistic(Vec x) {
+  const Vec decay = exp(Vec::of(0) - abs(x)), inverse = Vec::of(1.0f) / (Vec::of(1.0f) + decay);
+  return where_below(0.0f, x, decay * inverse, inverse);
+}
+
+// The distribution function of the normal distribution, and its density. Source of the polynomials: Cephes, ndtrf.c:
+// erf up to 1, and erfc, which keeps its digits in the tail, beyond.
+inline Vec normal_distribution(Vec x, Vec* density) {
+  const Vec t = x * Vec::of(0.70710678118654752f), size = abs(t), s = t * t;
+  const Vec decay = exp(Vec::of(0) - s);
+  *density = Vec::of(0.39894228040143268f) * decay;
+  constexpr float near[] = {7.853861353153693e-5f, -8.010193625184903e-4f, 5.188327685732524e-3f,
+                            -2.685381193529856e-2f, 1.128358514861418e-1f, -3.761262582423300e-1f,
+                            1.128379165726710f};
+  constexpr float middle[] = {2.326819970068386e-2f, -1.387039388740657e-1f, 3.687424674597105e-1f,
+                              -5.824733027278666e-1f, 6.210004621745983e-1f, -4.944515323274145e-1f,
+                              3.404879937665872e-1f, -2.741127028184656e-1f, 5.638259427386472e-1f};
+  constexpr float far[] = {-1.047766399936249e1f, 1.297719955372516e1f, -7.495518717768503f,
+                           2.921019019210786f, -1.015265279202700f, 4.218463358204948e-1f,
+                           -2.820767439740514e-1f, 5.641895067754075e-1f};
+  const Vec q = Vec::of(1.0f) / max(Vec::of(1.0f), size), r = q * q;
+  Vec p = Vec::of(near[0]), m = Vec::of(middle[0]), f = Vec::of(far[0]);
+  for (int i = 1; i < 7; ++i) p = fma(p, s, Vec::of(near[i]));
+  for (int i = 1; i < 9; ++i) m = fma(m, r, Vec::of(middle[i]));
+  for (int i = 1; i < 8; ++i) f = fma(f, r, Vec::of(far[i]));
+  const Vec tail = Vec::of(0.5f) * decay * q * where_below(2.0f, size, m, f);
+  const Vec beyond = where_below(0.0f, x, tail, Vec::of(1.0f) - tail);
+  return where_below(1.0f, size, fma(Vec::of(0.5f) * t, p, Vec::of(0.5f)), beyond);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // setup.py compiles this file for the instruction set in its name.
+#include "fused_rows.inc.hpp"
 #include "head_rows.inc.hpp"
 #include "kernels.hpp"
 #include "sampling.inc.hpp"
@@ -7,7 +8,7 @@
 namespace fastppo {
 
 const Kernels& kernels_avx512bf16() {
-  static const Kernels kernels = {"avx512bf16", head_kernels, sampling_kernels, small_matmul_kernels};
+  static const Kernels kernels = {"avx512bf16", head_kernels, sampling_kernels, small_matmul_kernels, fused_kernels};
   return kernels;
 }
 

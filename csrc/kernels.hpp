@@ -2,6 +2,7 @@
 // files compiled for one instruction set must not instantiate functions that the rest of the program shares.
 #pragma once
 
+#include "fused_rows.hpp"
 #include "head_rows.hpp"
 #include "sampling.hpp"
 #include "small_matmul.hpp"
@@ -13,6 +14,7 @@ struct Kernels {
   HeadKernels head;
   SamplingKernels sampling;
   SmallMatmulKernels small_matmul;
+  FusedKernels fused;
 };
 
 const Kernels& kernels_generic();

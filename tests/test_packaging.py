@@ -54,7 +54,7 @@ def test_public_names_are_sorted_and_exist():
 # Imports point one way: a module may import from its own row and from the rows above it.
 LAYERS = [
     {"types", "config", "atomic"},
-    {"reference", "reference_attention", "reference_sampling"},
+    {"reference", "reference_attention", "reference_fused", "reference_sampling"},
     {"ops"},
     {"ppo", "attention", "controllers"},
     {"models"},

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastppo import ops
+from fastppo.models.fusions import fused
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -128,11 +129,12 @@ def _parameters_of(kind: Any) -> frozenset[str]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside, and restore every module's own mode afterwards."""
+    """Switch dropout off and the fused kernels on inside, and restore every module afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with fused(model):
+            yield
     finally:
         for module in training:
             module.training = True

@@ -1,4 +1,4 @@
-"""The operations of `reference.py` under the same names, each on the fastest backend for its tensors.
+"""The operations of `reference.py` and its neighbours, by the same names, each on the fastest backend for its tensors.
 
 Usable without the trainer, by other trainers too. `linear_logprobs`, `linear_loss` and `linear_kl` go from hidden
 states to log-probs, a loss with its gradients, or an exact KL, and never hold [rows x vocabulary].
@@ -7,6 +7,7 @@ states to log-probs, a loss with its gradients, or an exact KL, and never hold [
 from fastppo.ops.backends import backend, use_backend
 from fastppo.ops.chunks import LogitBuffer, chunk_rows
 from fastppo.ops.flat import gae, pack
+from fastppo.ops.fused import gated_activation, rms_norm, rotary
 from fastppo.ops.logprobs import linear_kl, linear_logprobs
 from fastppo.ops.loss import linear_loss
 from fastppo.ops.ppo_loss import PPOLoss, ppo_loss
@@ -22,12 +23,15 @@ __all__ = [
     "clipped_policy_loss",
     "clipped_value_loss",
     "gae",
+    "gated_activation",
     "kl_penalty",
     "linear_kl",
     "linear_logprobs",
     "linear_loss",
     "pack",
     "ppo_loss",
+    "rms_norm",
+    "rotary",
     "sample_tokens",
     "scaled_logits",
     "uniforms",
