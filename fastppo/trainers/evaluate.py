@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
+from fastppo.models.attach import is_attached
 from fastppo.models.network import evaluating, language_head
-from fastppo.models.passes import length_groups, response_hidden
+from fastppo.models.passes import length_groups, passing, response_hidden
 from fastppo.models.reference import Reference
 from fastppo.types import Evaluation, Rollout, Samples
 
@@ -28,24 +29,22 @@ def evaluate(
     if rollout is not None and rollout.values is not None:
         index = recorded_tokens(samples, rollout).to(device)
         logprobs, values = rollout.logprobs[index], rollout.values[index]
-    for group in length_groups(samples.lengths, max_size):
-        tokens = samples.take(group).to(device)
-        hidden = None
-        if rollout is None or exact_kl:
-            with evaluating(model):
-                hidden = response_hidden(model, samples, group)
-        if rollout is None and hidden is not None:
-            logprobs[tokens] = token_logprobs(model, hidden, samples, tokens)
-            values[tokens] = model.v_head(hidden).squeeze(-1)
-        with reference.active() as network, evaluating(network):
-            ref_hidden = response_hidden(network, samples, group)
-            ref_logprobs[tokens] = token_logprobs(network, ref_hidden, samples, tokens)
-            ref_head = language_head(network)
-        if exact_kl and hidden is not None:
-            head = language_head(model)
-            pairs = (hidden, head.weight), (ref_hidden, ref_head.weight)
-            shapes = (one.arguments(samples.temperature) for one in (head, ref_head))
-            kl[tokens] = ops.linear_kl(*pairs, **next(shapes), ref_shape=next(shapes))
+    with evaluating(model), passing(model):
+        for group in length_groups(samples.lengths, max_size, is_attached(model)):
+            tokens = samples.take(group).to(device)
+            hidden = response_hidden(model, samples, group) if rollout is None or exact_kl else None
+            if rollout is None and hidden is not None:
+                logprobs[tokens] = token_logprobs(model, hidden, samples, tokens)
+                values[tokens] = model.v_head(hidden).squeeze(-1)
+            with reference.active() as network, evaluating(network), passing(network):
+                ref_hidden = response_hidden(network, samples, group)
+                ref_logprobs[tokens] = token_logprobs(network, ref_hidden, samples, tokens)
+                ref_head = language_head(network)
+            if exact_kl and hidden is not None:
+                head = language_head(model)
+                pairs = (hidden, head.weight), (ref_hidden, ref_head.weight)
+                shapes = (one.arguments(samples.temperature) for one in (head, ref_head))
+                kl[tokens] = ops.linear_kl(*pairs, **next(shapes), ref_shape=next(shapes))
     return Evaluation(logprobs, ref_logprobs, values, kl if exact_kl else None, rollout is not None)
 
 

@@ -16,17 +16,19 @@ from torch import Tensor
 
 from fastppo import ops, ppo
 from fastppo.config import PPOConfig
+from fastppo.models.attach import is_attached
 from fastppo.models.network import checkpointing, evaluating, language_head
-from fastppo.models.passes import length_groups, response_hidden
+from fastppo.models.passes import length_groups, passing, response_hidden
 from fastppo.types import Experience, LossTerms, Minibatch, Samples
 
 
 def optimise(model: Any, optimizer: Any, experience: Experience, config: PPOConfig, step: int) -> list[LossTerms]:
     """Run the PPO epochs over an experience; return the losses of every minibatch, in order."""
     losses: list[LossTerms] = []
-    with evaluating(model), checkpointing(model):
+    with evaluating(model), checkpointing(model), passing(model):
+        is_packed = is_attached(model)
         for epoch in range(config.ppo_epochs):
-            for minibatch in minibatches(experience.samples, config, step, epoch):
+            for minibatch in minibatches(experience.samples, config, step, epoch, is_packed):
                 losses.append(train_minibatch(model, optimizer, experience, minibatch, config))
                 if not config.is_compat and _drifted(losses[-1], config):
                     return losses
@@ -40,7 +42,9 @@ def _drifted(terms: LossTerms, config: PPOConfig) -> bool:
     return config.early_stopping and float(terms.stats["policy/policykl"]) > 1.5 * config.target_kl
 
 
-def minibatches(samples: Samples, config: PPOConfig, step: int, epoch: int) -> Iterator[Minibatch]:
+def minibatches(
+    samples: Samples, config: PPOConfig, step: int, epoch: int, is_packed: bool = False
+) -> Iterator[Minibatch]:
     """Cut the samples, in an order drawn from (seed, step, epoch), into the optimiser steps of one epoch.
 
     Each has mini_batch_size * gradient_accumulation_steps samples (fewer if samples were dropped), and as even a
@@ -56,10 +60,10 @@ def minibatches(samples: Samples, config: PPOConfig, step: int, epoch: int) -> I
         bins = ops.pack([samples.lengths[i] for i in order], number, size).tolist()
         steps = [[row for row, place in zip(order, bins, strict=True) if place == i] for i in range(number)]
     for i, rows in enumerate(steps):
-        yield _minibatch(samples, rows, config, is_first=epoch == 0 and i == 0)
+        yield _minibatch(samples, rows, config, is_packed, is_first=epoch == 0 and i == 0)
 
 
-def _minibatch(samples: Samples, rows: list[int], config: PPOConfig, is_first: bool) -> Minibatch:
+def _minibatch(samples: Samples, rows: list[int], config: PPOConfig, is_packed: bool, is_first: bool) -> Minibatch:
     """Group a step's samples into forwards; TRL averages the means of its micro-batches instead of over all tokens."""
     size = config.micro_batch_size
     micro = [rows[i : i + size] for i in range(0, len(rows), size)] if config.is_compat else [rows]
@@ -68,7 +72,7 @@ def _minibatch(samples: Samples, rows: list[int], config: PPOConfig, is_first: b
     for part in micro:
         weights[samples.take(part)] = ppo.token_weights(samples.offsets, part, config.loss_aggregation) / len(micro)
         lengths = [samples.lengths[row] for row in part]
-        groups += [tuple(part[i] for i in group) for group in length_groups(lengths, size)]
+        groups += [tuple(part[i] for i in group) for group in length_groups(lengths, size, is_packed)]
     return Minibatch(tuple(groups), weights.to(samples.labels.device), is_first)
 
 

@@ -1,0 +1,216 @@
+"""The numeric probe: which ways to run a model give its own log-probs.
+
+Models that do not go through transformers' AttentionInterface, whose masks mean more than causality and a window, or
+that carry a state from token to token would be silently wrong in one layout or another. So nothing here knows a model
+by name: a few random sequences are run in a layout and compared with the model's own forward of each by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastppo.attention import LayerCache, LayerShape, Paged, attending
+from fastppo.models.attach import attached, packed_hidden, pinned_rope
+from fastppo.models.network import causal_lm, evaluating, language_head, last_hidden
+from fastppo.reference_attention import BLOCK
+
+# Three sequences that begin and end in different blocks of the cache, and are longer than the window below.
+_LENGTHS = (13, 22, 37)
+_WINDOW = 8
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+# How far log-probs may differ: so many times the model's own noise from one shape of batch to another, or the floor.
+# In half precision that noise is large; wrong semantics move log-probs by tenths and more.
+_FACTORS = {torch.bfloat16: 5.0, torch.float16: 5.0}
+_FLOORS = {torch.float64: 1e-6, torch.float32: 2e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the probe said of one way to run a model; true if it may be used."""
+
+    error: float = float("nan")  # max |Δ log-prob| to the model's own forward
+    bound: float = float("nan")  # what it may be
+    reason: str = ""  # why it is refused; empty where it is not
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+
+_verdicts: WeakKeyDictionary[nn.Module, dict[Any, Verdict]] = WeakKeyDictionary()
+
+Run = Callable[[nn.Module, Sequence[Tensor]], Sequence[Tensor]]
+
+
+def verdict(model: nn.Module, name: str, run: Run) -> Verdict:
+    """Compare `run(model, sequences)`, hidden states (L, H) of each, with the model's own forward of each by itself.
+
+    The answer is remembered under `name` until the model's dtype, device or adapters change. The model is left as it
+    was, its random numbers too. An error that the layout raises is the reason why it is refused.
+    """
+    inner = causal_lm(model)
+    adapters = sorted((type(m).__name__, str(m.merged_adapters)) for m in model.modules() if hasattr(m, "lora_A"))
+    key = (name, inner.dtype, inner.device, tuple(adapters))
+    known = _verdicts.setdefault(inner, {})
+    if key not in known:
+        devices = [inner.device] if inner.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices), evaluating(model), pinned_rope(model), _windows(inner):
+            known[key] = _compare(model, run)
+    return known[key]
+
+
+@contextmanager
+def _windows(model: Any) -> Iterator[None]:
+    """Shorten the model's windows and chunks inside, so that short sequences tell whether they are respected."""
+    places = [(module, vars(module)) for module in model.modules()]
+    places += [(module.config, vars(module.config)) for module, _ in places if hasattr(module, "config")]
+    changed = [
+        (place, name, own[name])
+        for place, own in places
+        for name in _WINDOWS
+        if isinstance(own.get(name), int) and own[name] > _WINDOW
+    ]
+    try:
+        for place, name, _ in changed:
+            setattr(place, name, _WINDOW)
+        yield
+    finally:
+        for place, name, value in changed:
+            setattr(place, name, value)
+
+
+def _compare(model: nn.Module, run: Run) -> Verdict:
+    sequences = random_sequences(model)
+    own = [last_hidden(model, input_ids=ids[None], use_cache=False)[0] for ids in sequences]
+    repeated = last_hidden(model, input_ids=sequences[-1].repeat(3, 1), use_cache=False)[0]
+    noise = _difference(model, [repeated], own[-1:])
+    if noise != noise:
+        raise FloatingPointError(
+            f"the logits of {type(causal_lm(model)).__name__} are not finite; check the weights, and load the model in "
+            "float32 or bfloat16, not float16"
+        )
+    bound = max(_FACTORS.get(own[0].dtype, 50.0) * noise, _FLOORS.get(own[0].dtype, 0.0))
+    try:
+        hidden = run(model, sequences)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a stranger's model does in a layout that it was not made for
+        return Verdict(bound=bound, reason=f"{type(error).__name__}: {error}".splitlines()[0])
+    worst = _difference(model, hidden, own)
+    if not worst <= bound:
+        return Verdict(worst, bound, f"log-probs differ from the model's own by {worst:.3g}, more than {bound:.2g}")
+    return Verdict(worst, bound)
+
+
+def _difference(model: nn.Module, hidden: Sequence[Tensor], own: Sequence[Tensor]) -> float:
+    """Return max |Δ log-prob|, NaN if there is a NaN; one sequence at a time, for vocabularies are large."""
+    pairs = zip(hidden, own, strict=True)
+    return float(torch.stack([(_logprobs(model, a) - _logprobs(model, b)).abs().max() for a, b in pairs]).max())
+
+
+def random_sequences(model: nn.Module) -> list[Tensor]:
+    """Return three sequences of random token ids, which fit the model's context."""
+    inner = causal_lm(model)
+    config = inner.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or max(_LENGTHS)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = len(inner.get_input_embeddings().weight)
+    lengths = [max(2, min(length, length * context // max(_LENGTHS))) for length in _LENGTHS]
+    # Not from the ends of the vocabulary, where padding is, of which transformers warns.
+    middle = vocabulary // 4, max(vocabulary // 2, vocabulary // 4 + 1)
+    return [torch.randint(*middle, (n,), generator=generator).to(inner.device) for n in lengths]
+
+
+def _logprobs(model: nn.Module, hidden: Tensor) -> Tensor:
+    if causal_lm(model).get_output_embeddings() is None:
+        return hidden.float()
+    return language_head(model).logits(hidden, 1.0).log_softmax(-1)
+
+
+def paged(model: nn.Module) -> Verdict:
+    """Say whether the model can decode on the paged cache: chunked prefill, staggered joins, blocks in any order."""
+    return verdict(model, "paged", _paged)
+
+
+def packed(model: nn.Module) -> Verdict:
+    """Say whether whole sequences can lie side by side in one row."""
+    return verdict(model, "packed", _packed)
+
+
+def padded(model: nn.Module) -> Verdict:
+    """Say whether padding on the right leaves the tokens before it alone."""
+    return verdict(model, "padded", _padded)
+
+
+def _packed(model: nn.Module, sequences: Sequence[Tensor]) -> Sequence[Tensor]:
+    with attached(model):
+        return [*packed_hidden(model, sequences).split([len(ids) for ids in sequences])]
+
+
+def _padded(model: nn.Module, sequences: Sequence[Tensor]) -> list[Tensor]:
+    ids = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+    hidden = last_hidden(model, input_ids=ids, use_cache=False)
+    return [row[: len(sequence)] for row, sequence in zip(hidden, sequences, strict=True)]
+
+
+def layer_shapes(model: nn.Module) -> dict[int, LayerShape]:
+    """Return what each attention layer of a model on fastppo's attention stores for a token, by its layer_idx."""
+    seen: dict[int, LayerShape] = {}
+    with torch.no_grad(), evaluating(model), attached(model):
+        packed_hidden(model, [torch.zeros(2, dtype=torch.int64)], seen)
+    return seen
+
+
+def _paged(model: nn.Module, sequences: Sequence[Tensor]) -> list[Tensor]:
+    layers = layer_shapes(model)
+    if not layers:
+        raise NotImplementedError("its attention does not go through transformers' AttentionInterface")
+    blocks = [-(-len(ids) // BLOCK) for ids in sequences]
+    order = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(1)).to(sequences[0].device, torch.int32)
+    tables = nn.utils.rnn.pad_sequence(list(order.split(blocks)), batch_first=True)
+    like = causal_lm(model).get_input_embeddings().weight
+    pools = {index: shape.pool(sum(blocks), like) for index, shape in layers.items()}
+    for pool in pools.values():
+        for part in pool:
+            part.fill_(3.0)  # what nobody wrote must not be read
+    caches = {index: LayerCache(pool, tables) for index, pool in pools.items()}
+    return _scheduled(model, sequences, caches)
+
+
+def _scheduled(model: nn.Module, sequences: Sequence[Tensor], caches: Mapping[int, LayerCache]) -> list[Tensor]:
+    """Run chunks of several sequences together; return the hidden states of each sequence in order."""
+    hidden: list[list[Tensor]] = [[] for _ in sequences]
+    device = sequences[0].device
+    for step in schedule([len(ids) for ids in sequences]):
+        lengths = [end - begin for _, begin, end in step]
+        rows = torch.repeat_interleave(torch.tensor([row for row, _, _ in step]), torch.tensor(lengths))
+        positions = torch.cat([torch.arange(begin, end) for _, begin, end in step]).to(device)
+        ids = torch.cat([sequences[row][begin:end] for row, begin, end in step])
+        with attached(model), attending(Paged(rows.to(device, torch.int32), positions.int(), caches)):
+            out = last_hidden(model, input_ids=ids[None], position_ids=positions[None], use_cache=False)[0]
+        for (row, _, _), part in zip(step, out.split(lengths), strict=True):
+            hidden[row].append(part)
+    return [torch.cat(parts) for parts in hidden]
+
+
+def schedule(lengths: Sequence[int]) -> list[list[tuple[int, int, int]]]:
+    """Return steps of (sequence, begin, end): each sequence joins one step later than the one before it, has its
+    prompt in two chunks, then decodes two tokens one by one; every other step takes them in the opposite order.
+    """
+    cuts = [sorted({0, n // 3, max(n - 2, 0), n - 1, n}) for n in lengths]
+    steps = []
+    for time in range(max(len(cut) for cut in cuts) + len(lengths)):
+        step = [
+            (row, cut[time - row], cut[time - row + 1])
+            for row, cut in enumerate(cuts)
+            if 0 <= time - row < len(cut) - 1
+        ]
+        if step:
+            steps.append(step[:: 1 - 2 * (time % 2)])
+    return steps
