@@ -22,7 +22,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.measure import versions
-from fastppo.kernels import logit_gradient, paged_attention, ppo, row_statistics, sampling, tile_statistics
+from fastppo.kernels import (
+    logit_gradient,
+    paged_attention,
+    ppo,
+    row_statistics,
+    sampling,
+    tile_statistics,
+    token_limits,
+)
 
 RESULT = Path(__file__).parent / "results" / "kernel_report.json"
 # Ampere (A100), Hopper (H100, H200), Blackwell (B200), and the shared memory in bytes that a program may have there.
@@ -100,9 +108,10 @@ def _tile(name: str, dtype: str, size: int, **flags: Any) -> Variant:
 def _sample(name: str, logits: str, **flags: Any) -> Variant:
     limits = dict.fromkeys(("HAS_TOP_K", "HAS_TOP_P", "HAS_FORBIDDEN", "HAS_FLAGS"), False)
     sizes = {"HAS_SOFTCAP": False, "ACC": tl.float32, "TILE": sampling.MAX_TILE, "WIDTH": sampling.WIDTH}
+    sizes |= {"CAPACITY": token_limits.MAX_CAPACITY}
     absent = {} if flags.get("HAS_FORBIDDEN") else dict.fromkeys(("forbidden_ptr", "is_forbidden_ptr"))
     integers = dict.fromkeys(("requests_ptr", "positions_ptr", "forbidden_ptr", "tokens_ptr"), "i64")
-    pointers = integers | {"logits_ptr": logits, "is_forbidden_ptr": "i1", "*": "fp32"}
+    pointers = integers | {"logits_ptr": logits, "is_forbidden_ptr": "i1", "gathered_ptr": "i32", "*": "fp32"}
     return Variant(name, sampling._sample_kernel, pointers, limits | sizes | absent | flags, row_statistics.LAUNCH)
 
 
@@ -151,6 +160,8 @@ def variants() -> Iterator[Variant]:
     yield from _paged_variants()
     yield _sample("sample fp32", "fp32")
     limits = dict.fromkeys(("HAS_TOP_K", "HAS_TOP_P", "HAS_FORBIDDEN", "HAS_FLAGS"), True)
+    yield _sample("sample fp32 top-k", "fp32", HAS_TOP_K=True)
+    yield _sample("sample bf16 top-p", "bf16", HAS_TOP_P=True)
     yield _sample("sample bf16 all", "bf16", HAS_SOFTCAP=True, **limits)
 
 

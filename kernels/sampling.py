@@ -2,7 +2,7 @@
 
 The random number of a row is a function of (seed, request, position) alone: Philox-4x32-10 (Salmon et al., SC 2011).
 The draw inverts the cumulative distribution of the allowed tokens in the order of their ids, summed in blocks of 128.
-Nothing of size V is written. Top-k and top-p read the row many more times than a plain draw: see token_limits.
+Nothing of size V is written. What top-k and top-p cost: see token_limits.
 """
 
 import torch
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from fastppo.kernels.row_statistics import LAUNCH, accumulate_row, label_logprob
 from fastppo.kernels.scaling import accumulator, check_logits, check_rows, scales
-from fastppo.kernels.token_limits import find_limits, from_order_key, load_allowed, order_key
+from fastppo.kernels.token_limits import MAX_CAPACITY, find_limits, from_order_key, load_allowed, order_key
 from torch import Tensor
 
 # The cumulative distribution is summed in blocks of this many tokens, of which a program reads 32 at a time.
@@ -99,13 +99,15 @@ def draw(
 
 
 @triton.jit
-def largest_allowed(row, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr):
-    """Return the largest logit that is not forbidden, or a finite floor."""
-    largest = tl.full((), -1e30, ACC)
+def weigh_allowed(row, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr):
+    """Return m = the largest logit that is not forbidden, or a finite floor, and Σ exp(z - m) of the allowed ones."""
+    m, s = tl.full((), -1e30, ACC), tl.zeros((), ACC)
     for start in range(0, row[1], TILE):
         z = load_allowed(row, start + tl.arange(0, TILE), HAS_SOFTCAP, True, ACC)
-        largest = tl.maximum(largest, tl.max(z, axis=0))
-    return largest
+        new_m = tl.maximum(m, tl.max(z, axis=0))
+        s = s * tl.exp(m - new_m) + tl.sum(tl.exp(z - new_m), axis=0)
+        m = new_m
+    return m, s
 
 
 @triton.jit(do_not_specialize=["seed", "top_k"])
@@ -119,6 +121,7 @@ def _sample_kernel(
     logprobs_ptr,
     entropy_ptr,
     kept_ptr,
+    gathered_ptr,
     seed: tl.uint64,
     top_k: tl.int32,
     top_p: tl.float64,
@@ -135,20 +138,24 @@ def _sample_kernel(
     ACC: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
+    CAPACITY: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64)
     row_ptr, inner, outer = logits_ptr + at * stride_row, tl.full((), inner, ACC), tl.full((), outer, ACC)
     all_tokens = (row_ptr, vocabulary, inner, outer)
     m, log_s, entropy, _, _ = accumulate_row(all_tokens, all_tokens, HAS_SOFTCAP, False, False, ACC, TILE)
-    largest = m
+    largest, weight = m, tl.exp(log_s)
     if HAS_FLAGS:
         num_forbidden = tl.where(tl.load(is_forbidden_ptr + at), num_forbidden, 0)
     row = (row_ptr, vocabulary, inner, outer, forbidden_ptr, num_forbidden)
     if HAS_FORBIDDEN:
-        largest = largest_allowed(row, HAS_SOFTCAP, ACC, TILE)
+        largest, weight = weigh_allowed(row, HAS_SOFTCAP, ACC, TILE)
+    has_limit: tl.constexpr = HAS_TOP_K or HAS_TOP_P
     threshold, last = find_limits(
         row,
+        gathered_ptr + at * CAPACITY,
         largest,
+        weight,
         tl.full((), top_k, tl.int32),
         tl.full((), top_p, ACC),
         HAS_TOP_K,
@@ -157,12 +164,12 @@ def _sample_kernel(
         HAS_FORBIDDEN,
         ACC,
         TILE,
+        CAPACITY,
     )
     request, position = tl.load(requests_ptr + at), tl.load(positions_ptr + at)
     low, high = request.to(tl.uint32), (request >> 32).to(tl.uint32)
     word, _, _, _ = tl.philox(seed, position.to(tl.uint32), low, high, low * 0)
     uniform = (word.to(tl.float64) + 0.5) * 2.0**-32
-    has_limit: tl.constexpr = HAS_TOP_K or HAS_TOP_P
     token, total = draw(row, uniform, largest, threshold, last, has_limit, HAS_SOFTCAP, HAS_FORBIDDEN, ACC, TILE, WIDTH)
     kept = tl.zeros((), ACC) + 1.0
     if has_limit or HAS_FORBIDDEN:
@@ -208,6 +215,12 @@ def sample(
     (num_rows, vocabulary), (dtype, acc) = logits.shape, accumulator(logits)
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     results = tuple(torch.empty(num_rows, dtype=dtype, device=logits.device) for _ in range(3))
+    capacity = min(MAX_CAPACITY, max(WIDTH, triton.next_power_of_2(vocabulary)))
+    # Keys of logits are integers as wide as the sums. A row that fits into registers is not gathered.
+    words = torch.int64 if dtype == torch.float64 else torch.int32
+    is_limited = 0 < top_k < vocabulary or top_p < 1
+    width = capacity if is_limited and vocabulary > capacity else 0
+    gathered = torch.empty(num_rows, width, dtype=words, device=logits.device)
     if num_rows:
         _sample_kernel[(num_rows,)](
             logits,
@@ -217,6 +230,7 @@ def sample(
             is_forbidden,
             tokens,
             *results,
+            gathered,
             seed & 0xFFFFFFFFFFFFFFFF,
             top_k,
             top_p,
@@ -233,6 +247,7 @@ def sample(
             ACC=acc,
             TILE=min(MAX_TILE, max(WIDTH, triton.next_power_of_2(vocabulary))),
             WIDTH=WIDTH,
+            CAPACITY=capacity,
             **LAUNCH,
         )
     return tokens, results[0], results[1], results[2]
