@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import fastppo
 from benchmarks import generate_checks, measure, recompute
 from benchmarks.generate_cases import PEERS, Case, cases_of
 from benchmarks.roofline import Rates, measure_rates
@@ -25,6 +26,7 @@ from benchmarks.side import ROOT, Side
 from benchmarks.step import write_model
 
 LLAMA = ROOT / ".venv-generate" / "bin" / "python"
+OURS = f"fastppo {fastppo.__version__}"
 CASES = ["15m", "110m", "lognormal", "samples", "schedules", "cycles"]
 # Ours against whole forwards in fp32: the largest difference in fp32, the mean in bf16. A peer whose largest is beyond
 # PEER_BAR in fp32 runs another model.
@@ -154,13 +156,25 @@ def run_checks(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
         found["cycles"] = generate_checks.run_cycles(folder, 5 if arguments.quick else 50)
 
 
+def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return, for each case, how many times the tokens per second of each other row our first one has."""
+    found: dict[str, dict[str, float]] = {}
+    for case in dict.fromkeys(row["case"] for row in rows):
+        here = {row["who"]: row["median_s"] for row in rows if row["case"] == case}
+        if OURS in here:
+            found[case] = {who: round(seconds / here[OURS], 2) for who, seconds in here.items() if who != OURS}
+    return found
+
+
 def markdown(found: dict[str, Any]) -> str:
     """Lay out the rows as a Markdown table, and what the checks found below it."""
-    lines = ["| case | who | tokens/s | median s | min | max | of roofline | peak MB | n |", "|---" * 9 + "|"]
+    titles = "| case | who | tokens/s | median s | min | max | of roofline | peak MB | n | ours is faster, times |"
+    lines, times_faster = [titles, "|---" * 10 + "|"], ratios(found["rows"])
     for row in found["rows"]:
         times = " | ".join(f"{row[key]:.3f}" for key in ("median_s", "min_s", "max_s"))
         rest = f"{row['roofline_share']:.2f} | {row['peak_bytes'] / 1e6:.0f} | {row['samples']}"
-        lines.append(f"| {row['case']} | {row['who']} | {row['tokens_per_s']:.0f} | {times} | {rest} |")
+        faster = times_faster.get(row["case"], {}).get(row["who"], "")
+        lines.append(f"| {row['case']} | {row['who']} | {row['tokens_per_s']:.0f} | {times} | {rest} | {faster} |")
     lines += [f"{case}: {shared}" for case, shared in found["samples"].items()]
     lines += [f"schedules, {dtype}: {gaps}" for dtype, gaps in found.get("schedules", {}).items()]
     if "cycles" in found:
@@ -193,7 +207,7 @@ def saver(arguments: argparse.Namespace, argv: list[str], found: dict[str, Any])
     def save() -> None:
         if arguments.output:
             limit = arguments.foreign_limit if math.isfinite(arguments.foreign_limit) else None
-            more = {name: value for name, value in found.items() if name != "rows"}
+            more = {name: value for name, value in found.items() if name != "rows"} | {"ratios": ratios(found["rows"])}
             command = " ".join(["python -m benchmarks.generate", *argv])
             measure.write_result(arguments.output, command, found["rows"], foreign_limit=limit, **more)
 

@@ -5,7 +5,7 @@
 WORKLOAD is the JSON file that generate.py writes. The first run warms up; its tokens and log-probs are for the gate.
 """
 
-import importlib.metadata
+import importlib
 import json
 import sys
 import time
@@ -149,7 +149,7 @@ def main(name: str, path: str) -> None:
     run = contender(name, workload)
     responses, logprobs = run()
     metrics = run.engine.metrics() if isinstance(run, Ours) and hasattr(run.engine, "metrics") else None
-    hello = {"who": f"{package} {importlib.metadata.version(package)}{TITLES[name]}", "metrics": metrics}
+    hello = {"who": f"{package} {importlib.import_module(package).__version__}{TITLES[name]}", "metrics": metrics}
     channel.send(hello | {"responses": responses, "logprobs": logprobs})
     while True:
         channel.wait()

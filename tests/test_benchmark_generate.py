@@ -107,7 +107,8 @@ def test_the_quick_run_writes_the_whole_result(tmp_path, capsys, monkeypatch):
     found = json.loads(path.read_text())
     assert {"machine", "versions", "command", "rows", "gate", "rates", "absent", "notes"} <= found.keys()
     (row,) = found["rows"]
-    assert row["who"].startswith("fastppo")
+    assert row["who"] == generate.OURS
+    assert found["ratios"] == {row["case"]: {}}
     assert row["tokens_per_s"] == pytest.approx(15 / row["median_s"], rel=0.01)
     assert row["peak_bytes"] > 50e6
     assert 0 < row["roofline_share"] < 1
@@ -115,6 +116,15 @@ def test_the_quick_run_writes_the_whole_result(tmp_path, capsys, monkeypatch):
     assert len(found["absent"]) == 2
     assert all("make bench-peers" in reason for reason in found["absent"].values())
     assert row["who"] in capsys.readouterr().out
+
+
+def test_ratios_are_those_of_the_medians():
+    rows = [
+        {"case": "a", "who": generate.OURS, "median_s": 0.5},
+        {"case": "a", "who": "a peer", "median_s": 2.0},
+        {"case": "b", "who": "a peer", "median_s": 2.0},
+    ]
+    assert generate.ratios(rows) == {"a": {"a peer": 4.0}}
 
 
 def test_growth_leaves_the_warm_up_out_and_sees_a_leak():
