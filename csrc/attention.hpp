@@ -62,6 +62,11 @@ struct RaggedRows {
   int threads;
 };
 
+// What the backward pass reads, and the last three that it writes.
+struct BackwardHeads {
+  TokenHeads queries, keys, values, out, d_out, d_queries, d_keys, d_values;
+};
+
 // What every build of attention.inc.hpp and attention_training.inc.hpp offers.
 struct AttentionKernels {
   // Each does the part of thread `thread` of `num_threads`, for callers that are in a parallel region: writes must be
@@ -76,11 +81,9 @@ struct AttentionKernels {
   // Writes out (T, heads, value_size) and log_sums (T, heads), the log of the sum of each softmax, if not null.
   void (*forward)(const RaggedRows& rows, const AttentionShape& shape, const TokenHeads& queries,
                   const TokenHeads& keys, const TokenHeads& values, const TokenHeads& out, float* log_sums);
-  // Writes dLoss by queries, keys and values from dLoss/d(out); those by the sinks follow from out and log_sums.
-  void (*backward)(const RaggedRows& rows, const AttentionShape& shape, const TokenHeads& queries,
-                   const TokenHeads& keys, const TokenHeads& values, const TokenHeads& out, const float* log_sums,
-                   const TokenHeads& d_out, const TokenHeads& d_queries, const TokenHeads& d_keys,
-                   const TokenHeads& d_values);
+  // Writes d_queries, d_keys and d_values; the gradient by the sinks follows from out, d_out and log_sums.
+  void (*backward)(const RaggedRows& rows, const AttentionShape& shape, const BackwardHeads& heads,
+                   const float* log_sums);
 };
 
 }  // namespace fastppo

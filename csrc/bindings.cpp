@@ -10,10 +10,11 @@
 
 namespace py = pybind11;
 
-void bind_fused(py::module_& module);     // bind_fused.cpp
-void bind_head(py::module_& module);      // bind_head.cpp
-void bind_matmul(py::module_& module);    // bind_matmul.cpp
-void bind_sampling(py::module_& module);  // bind_sampling.cpp
+void bind_attention(py::module_& module);  // bind_attention.cpp
+void bind_fused(py::module_& module);      // bind_fused.cpp
+void bind_head(py::module_& module);       // bind_head.cpp
+void bind_matmul(py::module_& module);     // bind_matmul.cpp
+void bind_sampling(py::module_& module);   // bind_sampling.cpp
 
 namespace {
 
@@ -131,6 +132,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("pack", &pack, py::arg("lengths"), py::arg("num_bins"), py::arg("max_per_bin"),
              "Return the bin (N,) int64 of each sequence of lengths (N,) int64, in order, each to the bin with the "
              "fewest tokens. Raises ValueError when num_bins bins of max_per_bin sequences are too few.");
+  bind_attention(module);
   bind_fused(module);
   bind_head(module);
   bind_matmul(module);

@@ -1,4 +1,5 @@
 // setup.py compiles this file for the instruction set in its name.
+#include "attention_training.inc.hpp"
 #include "fused_rows.inc.hpp"
 #include "head_rows.inc.hpp"
 #include "kernels.hpp"
@@ -8,7 +9,14 @@
 namespace fastppo {
 
 const Kernels& kernels_generic() {
-  static const Kernels kernels = {"generic", head_kernels, sampling_kernels, small_matmul_kernels, fused_kernels};
+  static const Kernels kernels = {
+      "generic",
+      head_kernels,
+      sampling_kernels,
+      small_matmul_kernels,
+      fused_kernels,
+      attention_kernels,
+  };
   return kernels;
 }
 

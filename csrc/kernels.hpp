@@ -2,6 +2,7 @@
 // files compiled for one instruction set must not instantiate functions that the rest of the program shares.
 #pragma once
 
+#include "attention.hpp"
 #include "fused_rows.hpp"
 #include "head_rows.hpp"
 #include "sampling.hpp"
@@ -15,6 +16,7 @@ struct Kernels {
   SamplingKernels sampling;
   SmallMatmulKernels small_matmul;
   FusedKernels fused;
+  AttentionKernels attention;
 };
 
 const Kernels& kernels_generic();

@@ -44,9 +44,15 @@ def attend_one(
     return torch.einsum("hts,shd->thd", scores.softmax(-1), v.to(wide)).to(q.dtype)
 
 
-def ragged_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, **shape: object) -> Tensor:
-    """Return (T, H, Dv) of packed sequences cut at `offsets` (B + 1,); see `attend_one` for the rest."""
-    parts = zip(*(x.split(offsets.diff().tolist()) for x in (q, k, v)), strict=True)
+def ragged_attention(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *, key_offsets: Tensor | None = None, **shape: object
+) -> Tensor:
+    """Return (T, H, Dv) of packed sequences, queries cut at `offsets` (B + 1,), keys and values at `key_offsets`.
+
+    See `attend_one` for the rest; without `key_offsets` keys are cut where queries are.
+    """
+    counts, key_counts = (x.diff().tolist() for x in (offsets, offsets if key_offsets is None else key_offsets))
+    parts = zip(q.split(counts), k.split(key_counts), v.split(key_counts), strict=True)
     return torch.cat([attend_one(*part, **shape) for part in parts])  # type: ignore[arg-type]
 
 
