@@ -260,6 +260,14 @@ MUTATIONS = [
         HEAD,
     ),
     Mutation(
+        "hidden states stay where they were while rows of the gradient move",
+        "a weight gradient of rows that do not belong together",
+        "fastppo/ops/accumulate.py",
+        "du[: len(order)], hidden[order], None",
+        "du[: len(order)], hidden[: len(order)], None",
+        HEAD,
+    ),
+    Mutation(
         "mean over the group instead of the minibatch",
         "trl #5890: the normaliser of a micro-batch",
         "fastppo/trainers/update.py",

@@ -208,6 +208,34 @@ def test_exact_kl_beside_a_loss_takes_one_more_matmul():
     assert matmul_multiplications(run) == 3 * ROWS * HIDDEN * VOCABULARY
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clipped", [[], [2], [0, 1, 5, 9, 10], [0, 1, 2, 3, 7], list(range(ROWS))], ids=str)
+def test_clipped_rows_are_left_out_of_the_matmuls(clipped, dtype):
+    """Chunks of four rows: without any such row, with some in front or behind, with nothing else."""
+    *parts, labels = make_inputs(dtype)
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    logprobs = naive_statistics(*exact, labels)[0]
+    is_clipped = torch.zeros(ROWS, dtype=torch.bool)
+    is_clipped[clipped] = True
+    # Ratios of e where clipped and 1 elsewhere, with advantages that want them still larger.
+    old, advantages = (logprobs.detach() - is_clipped.double()).float(), torch.rand(ROWS) + 0.5
+    loss = ops.PPOLoss(old, advantages, torch.ones(ROWS))
+    ours = None
+
+    def run():
+        nonlocal ours
+        ours = gradients(ops.linear_loss(*parts[:2], labels, loss, bias=parts[2], ignore_index=None), parts)
+
+    with ops.use_backend("native"):
+        count = matmul_multiplications(run)
+    assert count == (3 * ROWS - 2 * len(clipped)) * HIDDEN * VOCABULARY
+    ratio = (logprobs - old.double()).exp()
+    expected = gradients(-torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).sum(), exact)
+    for our, truth in zip(ours, expected, strict=True):
+        torch.testing.assert_close(our.double(), truth, **close(dtype, 4))
+    assert not ours[0][is_clipped].any()
+
+
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ppo_loss_of_either_backend_fills_its_records(backend, dtype):

@@ -84,20 +84,16 @@ def _search(model: nn.Module) -> Iterator[Fusion]:
             yield from _rotary(namespace)
 
 
-def _norm(name: str, module: nn.Module) -> Iterator[Fusion]:
+def _norm(name: str, module: Any) -> Iterator[Fusion]:
     """Yield the fusion of x̂·w or x̂·(1 + w), for a module with nothing but a weight and an epsilon."""
     eps = next((vars(module)[key] for key in ("variance_epsilon", "eps", "epsilon") if key in vars(module)), None)
     tensors = [*module.named_parameters(), *module.named_buffers(), *module.named_children()]
     if not isinstance(eps, float) or [key for key, _ in tensors] != ["weight"] or module.weight.dim() != 1:
         return
-    size = len(module.weight)
-    inputs = _random(2, 3, size), _random(size, seed=1)
+    inputs = _random(2, 3, len(module.weight)), _random(len(module.weight), seed=1)
     for offset in (0.0, 1.0):
-        deviation = _deviation(
-            lambda x, weight: functional_call(module, {"weight": weight}, (x,)),
-            partial(ops.rms_norm, eps=eps, offset=offset),
-            inputs,
-        )
+        ours = partial(ops.rms_norm, eps=eps, offset=offset)
+        deviation = _deviation(lambda x, weight: functional_call(module, {"weight": weight}, (x,)), ours, inputs)
         if deviation <= _TOLERANCE[torch.float32]:
             replacement = partial(_run_norm, module, eps, offset)
             yield Fusion(name, f"rms_norm, offset {offset:g}", deviation, module, "forward", None, replacement)
@@ -145,26 +141,20 @@ def _run_gated(module: Any, activation: str, x: Tensor, *rest: Any, **named: Any
 
 
 def _rotary(namespace: Any) -> Iterator[Fusion]:
-    """Yield the fusion of a Python module's `apply_rotary_pos_emb(q, k, cos, sin)`, of whole heads or parts."""
+    """Yield the fusion of a Python module's `apply_rotary_pos_emb(q, k, cos, sin)`, of whole heads or also of parts."""
     own = getattr(namespace, _ROTARY)
     if isinstance(own, partial) and own.func is _run_rotary:  # another model of the kind is inside `fused`
         own = own.args[0]
-    deviations = []
-    for size in (8, 4):
-        heads = _random(2, 3, 5, 8), _random(2, 2, 5, 8)
-        angles = _random(2, 5, size), _random(2, 5, size, seed=1)
-        deviations.append(
-            _deviation(partial(_call_rotary, own, angles), partial(_call_rotary, _run_rotary_pair, angles), heads)
-        )
-    is_partial = deviations[1] <= _TOLERANCE[torch.float32]
-    if deviations[0] <= _TOLERANCE[torch.float32]:
-        kind, deviation = ("rotary, partial", max(deviations)) if is_partial else ("rotary", deviations[0])
+    q, k, cos, sin = _random(2, 3, 5, 8), _random(2, 2, 5, 8), _random(2, 5, 8), _random(2, 5, 8, seed=1)
+    whole, part = (
+        _deviation(lambda q, k, a=angles: own(q, k, *a), lambda q, k, a=angles: _run_rotary_pair(q, k, *a), (q, k))
+        for angles in ((cos, sin), (cos[..., :4], sin[..., :4]))
+    )
+    is_partial = part <= _TOLERANCE[torch.float32]
+    if whole <= _TOLERANCE[torch.float32]:
         replacement = partial(_run_rotary, own, is_partial)
+        kind, deviation = ("rotary, partial", max(whole, part)) if is_partial else ("rotary", whole)
         yield Fusion(f"{namespace.__name__}.{_ROTARY}", kind, deviation, namespace, _ROTARY, own, replacement)
-
-
-def _call_rotary(function: Any, angles: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> Any:
-    return function(q, k, *angles)
 
 
 def _run_rotary_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

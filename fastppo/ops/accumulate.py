@@ -12,6 +12,10 @@ from fastppo.ops.row_types import Scaling, Statistics, Upstream
 
 # bf16 products are added this many rows of the weight at a time, which stay in the processor's cache in between.
 _SLICE_ROWS = 4096
+# From this share on, rows without a gradient are left out of the matmuls: moving others into their places costs less.
+_UNUSED_SHARE = 0.1
+# Rows that are moved at a time, through a copy.
+_MOVED_ROWS = 32
 
 
 class Gradients:
@@ -32,10 +36,19 @@ class Gradients:
         """Whether anything at all needs a gradient."""
         return any(part is not None for part in (self.d_hidden, self.d_weight, self.d_bias))
 
-    def add(self, du: Tensor, hidden: Tensor, rows: slice) -> None:
-        """Add what a chunk with dLoss/d(logits) du (C, V) and hidden (C, H) contributes."""
-        if self.d_hidden is not None:
-            torch.mm(du, self.weight, out=self.d_hidden[rows])
+    def add(self, du: Tensor, hidden: Tensor, rows: slice, is_used: Tensor | None = None) -> None:
+        """Add what a chunk with dLoss/d(logits) du (C, V) and hidden (C, H) contributes.
+
+        Where enough rows have no gradient, according to is_used (C,), the matmuls leave them out, and du is reordered.
+        """
+        d_hidden = None if self.d_hidden is None else self.d_hidden[rows]
+        if is_used is not None and len(is_used) - int(is_used.sum()) >= _UNUSED_SHARE * len(is_used):
+            order = _move_to_front(du, is_used)
+            if d_hidden is not None:
+                d_hidden.zero_()[order] = du[: len(order)] @ self.weight
+            du, hidden, d_hidden = du[: len(order)], hidden[order], None
+        if d_hidden is not None:
+            torch.mm(du, self.weight, out=d_hidden)
         if self.d_weight is not None:
             self.d_weight.add(du, hidden)
         if self.d_bias is not None:
@@ -54,6 +67,17 @@ class Gradients:
         """Return the gradients in the dtypes of what they belong to."""
         d_bias = None if self.d_bias is None else self.d_bias.to(self.weight.dtype)
         return self.d_hidden, None if self.d_weight is None else self.d_weight.finish(), d_bias
+
+
+def _move_to_front(du: Tensor, is_used: Tensor) -> Tensor:
+    """Fill the places of unused rows among the first ones with the last used ones; return which rows are first now."""
+    order = torch.arange(len(is_used))
+    count = int(is_used.sum())
+    holes, late = (~is_used[:count]).nonzero()[:, 0], count + is_used[count:].nonzero()[:, 0]
+    order[holes] = late
+    for some_holes, some_late in zip(holes.split(_MOVED_ROWS), late.split(_MOVED_ROWS), strict=True):
+        du[some_holes] = du[some_late]
+    return order[:count]
 
 
 def _sum_of(weight: Tensor, is_single: bool) -> _PlainSum | _HalvesSum | _WideSum:

@@ -76,7 +76,7 @@ def _loss_of_chunk(chunk: Chunk, given: _LossPass, hidden: Tensor, grads: Gradie
         losses, logprobs, entropies = row_ops.ppo(logits, labels, loss.take(numbers), given.scaling, du)
         loss.record(logprobs, entropies, numbers)
         if du is not None:
-            grads.add(du, hidden[rows], rows)
+            grads.add(du, hidden[rows], rows, loss.has_gradient(logprobs, numbers))
         return losses.sum()
     stats = row_ops.statistics(logits, labels, given.scaling, ref)
     value, upstream = _loss_and_gradient(given, stats, rows)

@@ -65,6 +65,15 @@ class PPOLoss:
         coefs = (self.clip_low, self.clip_high, self.kl_coef, self.entropy_coef)
         return Terms(old, ref, self.advantages[rows], self.weights[rows], *coefs)
 
+    def has_gradient(self, logprobs: Tensor, rows: Tensor) -> Tensor | None:
+        """Return whether each of the rows has a gradient, (C,) bool: clipped ones have none.
+
+        None where that is not worth asking: on CUDA, and with an entropy bonus, which every row's gradient has.
+        """
+        if self.entropy_coef or backend(logprobs.device) != "native":
+            return None
+        return _native_loss(logprobs, self.take(rows))[1] != 0
+
     def check(self, rows: Tensor) -> None:
         """Raise ValueError unless every tensor has the shape (T,) and the device of `rows`."""
         for name in ("old_logprobs", "advantages", "weights", "ref_logprobs"):
