@@ -35,7 +35,9 @@ struct Finish {
   void write_tile(const float* totals, std::int64_t lanes, std::int64_t rows, float* out, std::int64_t stride) const {
     float sums[4][tile_outputs];
     for (std::int64_t r = 0; r < rows; r += 4) {
-      for (std::int64_t o = 0; o < tile_outputs; o += 4) transpose(totals + o * lanes + r, lanes, &sums[0][o], tile_outputs);
+      for (std::int64_t o = 0; o < tile_outputs; o += 4) {
+        transpose(totals + o * lanes + r, lanes, &sums[0][o], tile_outputs);
+      }
       for (std::int64_t i = 0; i < 4 && r + i < rows; ++i) {
         if (count == tile_outputs) {
           write(sums[i], out + (r + i) * stride, tile_outputs);
@@ -71,8 +73,8 @@ inline void multiply_chunk(const SmallMatmul& m, const float* packed, std::int64
   const Finish finish(m, output, count);
   for (std::int64_t r = begin; r < end; r += tile_rows) {
     const std::int64_t rows = end - r < tile_rows ? end - r : tile_rows;
-    finish.write_tile(totals + (r - begin) * tile_outputs, lanes_of(m.rows - r), rows, m.out + r * m.out_stride + output,
-                      m.out_stride);
+    float* out = m.out + r * m.out_stride + output;
+    finish.write_tile(totals + (r - begin) * tile_outputs, lanes_of(m.rows - r), rows, out, m.out_stride);
   }
 }
 
@@ -83,7 +85,8 @@ void multiply_part(const SmallMatmul& m, const void* packed, int thread, int num
     const std::int64_t end = m.rows - begin < chunk_rows ? m.rows : begin + chunk_rows;
     for (std::int64_t tile = first; tile < last; ++tile) {
       const std::int64_t output = tile * tile_outputs, rest = m.outputs - output;
-      multiply_chunk(m, static_cast<const float*>(packed), begin, end, output, rest < tile_outputs ? rest : tile_outputs);
+      const std::int64_t count = rest < tile_outputs ? rest : tile_outputs;
+      multiply_chunk(m, static_cast<const float*>(packed), begin, end, output, count);
     }
   }
 }

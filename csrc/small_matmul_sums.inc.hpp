@@ -103,7 +103,8 @@ inline void multiply(const float* x, std::int64_t lanes, const Weights& weights,
   const unsigned char* at[pointers];
 #pragma GCC unroll 4
   for (int p = 0; p < pointers; ++p) at[p] = weights.at + 3 * p * step;
-  const auto multiply_word = [&](std::int64_t k, const unsigned char* const* from, std::int64_t step, std::int64_t here) {
+  const auto multiply_word = [&](std::int64_t k, const unsigned char* const* from, std::int64_t step,
+                                 std::int64_t here) {
     V rows[vectors];
 #pragma GCC unroll 4
     for (int i = 0; i < vectors; ++i) rows[i] = V::load(x + k * lanes + i * V::width);

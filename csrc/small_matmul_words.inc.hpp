@@ -136,13 +136,15 @@ void pack(const SmallMatmul& m, void* packed, int thread, int num_threads) {
     const bool is_ready = m.type != WeightType::bfloat16 && rows == lanes && rest >= pack_words;
     if (!is_ready) {
       for (std::int64_t r = 0; r < rows; ++r) pack_row(from + r * m.x_stride, rest, m.type, words + r * pack_words);
-      __builtin_memset(words + rows * pack_words, 0, sizeof(float) * static_cast<std::size_t>((lanes - rows) * pack_words));
+      __builtin_memset(words + rows * pack_words, 0, 4 * static_cast<std::size_t>((lanes - rows) * pack_words));
     }
     const float* source = is_ready ? from : words;
     const std::int64_t stride = is_ready ? m.x_stride : pack_words;
     float* to = static_cast<float*>(packed) + row * height + word * lanes;
     for (std::int64_t r = 0; r < lanes; r += 4) {
-      for (std::int64_t k = 0; k < pack_words; k += 4) transpose(source + r * stride + k, stride, to + k * lanes + r, lanes);
+      for (std::int64_t k = 0; k < pack_words; k += 4) {
+        transpose(source + r * stride + k, stride, to + k * lanes + r, lanes);
+      }
     }
   }
 }

@@ -10,6 +10,7 @@ from fastppo.ops.flat import gae, pack
 from fastppo.ops.fused import gated_activation, rms_norm, rotary
 from fastppo.ops.logprobs import linear_kl, linear_logprobs
 from fastppo.ops.loss import linear_loss
+from fastppo.ops.matmul import small_linear
 from fastppo.ops.ppo_loss import PPOLoss, ppo_loss
 from fastppo.ops.sampling import sample_tokens
 from fastppo.reference import clipped_policy_loss, clipped_value_loss, kl_penalty, scaled_logits, whiten
@@ -34,6 +35,7 @@ __all__ = [
     "rotary",
     "sample_tokens",
     "scaled_logits",
+    "small_linear",
     "uniforms",
     "use_backend",
     "whiten",

@@ -13,11 +13,12 @@ WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _MIN_PARALLEL = 2**19
 
 
+@torch.no_grad()
 def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """Return x (M, K) times the transpose of weight (N, K), plus bias (N,), as fp32 (M, N), in `out` if given.
 
     Sums are fp32; a bf16 weight meets x rounded to bf16. On the native backend a row's results depend on that row
-    alone, to the last bit, and it is faster than torch for up to 64 rows. Raises ValueError.
+    alone, to the last bit, and it is faster than torch for up to 64 rows. Without gradients. Raises ValueError.
     """
     _check(x, weight, bias, out)
     if out is None:
