@@ -7,7 +7,6 @@ cache is llama.cpp's default, fp16. The first run warms up; its log-probs, for t
 """
 
 import ctypes
-import importlib.metadata
 import json
 import os
 import sys
@@ -123,8 +122,7 @@ def main(name: str, path: str) -> None:
     is_own = name == "llama.cpp"
     generator = Generator(workload, is_own)
     responses, logprobs = generator.run(is_recording=True)
-    version = importlib.metadata.version("llama-cpp-python")
-    who = f"llama-cpp-python {version}, " + ("own sampler, tokens only" if is_own else "drawn with numpy")
+    who = f"llama-cpp-python {llama_cpp.__version__}, " + ("own sampler, tokens only" if is_own else "drawn with numpy")
     channel.send({"who": who, "metrics": None, "responses": responses, "logprobs": logprobs})
     while True:
         channel.wait()
