@@ -54,6 +54,13 @@ def test_packed_rows_take_the_samples_as_they_come():
     assert passes.length_groups([5, 9, 1, 4, 2], 2, is_packed=True) == [[0, 1], [2, 3], [4]]
 
 
+def test_a_pass_has_no_more_tokens_than_are_allowed_unless_one_sample_has():
+    lengths = [5, 9, 1, 4, 2, 30]
+    assert passes.length_groups(lengths, 8, True, max_tokens=15) == [[0, 1, 2], [3, 4], [5]]
+    # Padded to the longest of each: 30, 2 of 9, 4 of 4.
+    assert passes.length_groups(lengths, 8, max_tokens=18) == [[5], [1, 0], [3, 4, 2]]
+
+
 def test_the_model_is_itself_again_after_a_step(packing):
     model = tiny.policy("llama")
     tiny.trainer(model).step(*tiny.batch())

@@ -21,20 +21,31 @@ from fastppo.types import Samples, offsets_of
 # Padding that a group may contain: a forward of its own costs about as much as 256 tokens on a small model.
 _FREE_PADDING_TOKENS = 256
 _PADDING_SHARE = 0.15
+# On a CPU more tokens in a pass are no faster; they only keep more activations.
+_CPU_TOKENS = 1024
 
 
-def length_groups(lengths: Sequence[int], max_size: int, is_packed: bool = False) -> list[list[int]]:
-    """Return the samples' numbers in groups of at most `max_size`, of similar length, longest first, if padded."""
-    if is_packed:
-        return [list(range(i, min(i + max_size, len(lengths)))) for i in range(0, len(lengths), max_size)]
+def pass_tokens(device: torch.device) -> int | None:
+    """Return how many tokens a forward pass should have at most: what keeps a CPU's matmuls busy; None for no limit."""
+    return _CPU_TOKENS if device.type == "cpu" else None
+
+
+def length_groups(
+    lengths: Sequence[int], max_size: int, is_packed: bool = False, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Return the samples' numbers in groups of at most `max_size`, of similar length, longest first, if padded.
+
+    A group has at most `max_tokens` tokens, padding included, unless one sample alone has more.
+    """
     groups: list[list[int]] = []
     real = 0
-    for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for number in range(len(lengths)) if is_packed else sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if groups:
             group = groups[-1]
             tokens = real + lengths[number]
-            padding = lengths[group[0]] * (len(group) + 1) - tokens
-            if len(group) < max_size and padding <= max(_FREE_PADDING_TOKENS, _PADDING_SHARE * tokens):
+            padding = 0 if is_packed else lengths[group[0]] * (len(group) + 1) - tokens
+            fits = len(group) < max_size and (max_tokens is None or tokens + padding <= max_tokens)
+            if fits and padding <= max(_FREE_PADDING_TOKENS, _PADDING_SHARE * tokens):
                 group.append(number)
                 real = tokens
                 continue

@@ -13,7 +13,7 @@ from fastppo.config import PPOConfig
 from fastppo.engine.agreement import Agreement, agreement, importance_weights, rows_to_rescore
 from fastppo.models.attach import is_attached
 from fastppo.models.network import evaluating
-from fastppo.models.passes import length_groups, passing, response_hidden
+from fastppo.models.passes import length_groups, pass_tokens, passing, response_hidden
 from fastppo.trainers.evaluate import recorded_tokens, token_logprobs
 from fastppo.types import Evaluation, Rollout, Samples
 
@@ -68,8 +68,9 @@ class Records:
 def _rescore(model: Any, samples: Samples, rows: list[int], size: int) -> Tensor:
     """Return the trainer's own log-probs (T',) of some samples' tokens, in their order."""
     logprobs = torch.zeros(len(samples.labels), device=samples.labels.device)
+    limit = pass_tokens(logprobs.device)
     with evaluating(model), passing(model):
-        for group in length_groups([samples.lengths[row] for row in rows], size, is_attached(model)):
+        for group in length_groups([samples.lengths[row] for row in rows], size, is_attached(model), limit):
             chosen = [rows[i] for i in group]
             tokens = samples.take(chosen).to(logprobs.device)
             logprobs[tokens] = token_logprobs(model, response_hidden(model, samples, chosen), samples, tokens)

@@ -18,7 +18,7 @@ from fastppo import ops, ppo
 from fastppo.config import PPOConfig
 from fastppo.models.attach import is_attached
 from fastppo.models.network import checkpointing, evaluating, language_head
-from fastppo.models.passes import length_groups, passing, response_hidden
+from fastppo.models.passes import length_groups, pass_tokens, passing, response_hidden
 from fastppo.types import Experience, LossTerms, Minibatch, Samples
 
 
@@ -72,7 +72,8 @@ def _minibatch(samples: Samples, rows: list[int], config: PPOConfig, is_packed: 
     for part in micro:
         weights[samples.take(part)] = ppo.token_weights(samples.offsets, part, config.loss_aggregation) / len(micro)
         lengths = [samples.lengths[row] for row in part]
-        groups += [tuple(part[i] for i in group) for group in length_groups(lengths, size, is_packed)]
+        found = length_groups(lengths, size, is_packed, pass_tokens(samples.labels.device))
+        groups += [tuple(part[i] for i in group) for group in found]
     return Minibatch(tuple(groups), weights.to(samples.labels.device), is_first)
 
 
