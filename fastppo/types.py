@@ -45,6 +45,9 @@ class Rollout(list[Tensor]):
     kept_mass: Tensor  # (T,) fp32, probability that top-k, top-p and the minimum length left to choose from
     values: Tensor | None  # (T,) fp32, the value head's estimate before each token; None without a value head
     finished: Tensor  # (B,) bool, ended by an end-of-sequence token or a stop string rather than by its length
+    reasons: tuple[str, ...]  # B, why each response ended: "stop", "length" or "cancelled"
+    requests: tuple[int, ...]  # B numbers, of which the random numbers are functions
+    starts: tuple[int, ...]  # B positions of the first tokens in their requests; above 0 after `Engine.continue_`
     temperature: float  # of the sampling distribution; 1.0 for greedy decoding
     weight_version: tuple[int, ...]  # fingerprint of the weights that drew it
     token_edits: int | None  # in-place writes that `tokens` had seen when the rollout was made; None if not counted

@@ -34,12 +34,12 @@ def share_of_a(prompts, completions, label):
 def interrupted(where, number):
     '''Send this process a signal in the middle of its second rollout or update.'''
     import fastppo.engine.engine as engine, fastppo.trainers.ppo as ppo
-    owner, name = (engine._Decoder, "_decode") if where == "rollout" else (ppo, "optimise")
+    owner, name = (engine.Sampler, "draw") if where == "rollout" else (ppo, "optimise")
     real, calls = getattr(owner, name), []
     def wrapped(*args, **kwargs):
         calls.append(1)
-        # A rollout of six tokens decodes five times, and the first one is that of the held-out prompts.
-        if len(calls) == (12 if where == "rollout" else 2):
+        # A rollout of six tokens draws six times, and the first one is that of the held-out prompts.
+        if len(calls) == (14 if where == "rollout" else 2):
             os.kill(os.getpid(), number)
         return real(*args, **kwargs)
     setattr(owner, name, wrapped)

@@ -1,20 +1,21 @@
-"""The state of a generate call: its requests, which of them sit in which row, and what was drawn so far."""
+"""The state of a generate call: its requests, when they end, and what was drawn so far."""
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastppo.engine.stopping import Stopping
 from fastppo.types import Rollout, edits_of, offsets_of
 
 
-@dataclass(frozen=True)
-class Draw:
-    """What one decode step drew for the active rows, (N,) each."""
+class Draw(NamedTuple):
+    """What one step drew for some requests, (N,) each."""
 
     tokens: Tensor
     logprobs: Tensor
@@ -23,117 +24,97 @@ class Draw:
     values: Tensor | None
 
 
+class Places(NamedTuple):
+    """What the draws of each request depend on besides the seed: its number, and the position of its first token."""
+
+    numbers: tuple[int, ...]
+    starts: tuple[int, ...]
+
+
 class Requests:
-    """N requests, their limits, and the records of the tokens drawn for them.
+    """N requests with their limits and places, and the records of the tokens drawn for them."""
 
-    `first_id` is the number of the first one: with `seed` and the token's position it decides every draw.
-    """
-
-    def __init__(self, prompts: Sequence[Tensor], limits: Sequence[int], seed: int, first_id: int):
+    def __init__(self, prompts: Sequence[Tensor], limits: Sequence[int], seed: int, places: Places, stopping: Stopping):
         self.prompts, self.limits = tuple(prompts), list(limits)
-        count, longest = len(prompts), max(limits, default=1)
-        device = prompts[0].device if prompts else torch.device("cpu")
-        self.seed, self.first_id = seed, first_id
-        self.tokens = torch.zeros(count, longest, dtype=torch.int64, device=device)
-        self.records = torch.zeros(4, count, longest, device=device)  # logprob, entropy, kept mass, value
-        self.has_values = False
-        self.drawn = [0] * count
-        self.finished = [False] * count
+        self.seed, self.places, self.stopping = seed, places, stopping
+        self.tokens = [array("q") for _ in prompts]
+        self.reasons = [""] * len(prompts)  # why each one ended: stop, length or cancelled
+        self.cancelling: deque[int] = deque()  # other threads may append
+        self.draws: list[tuple[list[int], Draw]] = []
 
-    def places(self, requests: list[int]) -> Tensor:
-        """Return number and next position (2, N) int64 of these requests: what their next draw depends on."""
-        numbers = [self.first_id + request for request in requests]
-        return torch.tensor([numbers, [self.drawn[request] for request in requests]], device=self.tokens.device)
+    def next_places(self, requests: Sequence[int]) -> Tensor:
+        """Return number and position (2, N) int64 of the next draw of these requests."""
+        numbers, starts = self.places
+        positions = [starts[request] + len(self.tokens[request]) for request in requests]
+        return torch.tensor([[numbers[request] for request in requests], positions], device=self.prompts[0].device)
 
-    def record(self, requests: list[int], draw: Draw) -> None:
-        """Keep what was drawn for these requests, in their order."""
-        rows = torch.tensor(requests, device=self.tokens.device)
-        columns = torch.tensor([self.drawn[request] for request in requests], device=self.tokens.device)
-        self.tokens[rows, columns] = draw.tokens
-        self.records[0, rows, columns] = draw.logprobs.float()
-        self.records[1, rows, columns] = draw.entropies.float()
-        self.records[2, rows, columns] = draw.kept_mass.float()
-        if draw.values is not None:
-            self.has_values = True
-            self.records[3, rows, columns] = draw.values
-        for request in requests:
-            self.drawn[request] += 1
+    def record(self, requests: list[int], draw: Draw) -> list[int]:
+        """Keep what was drawn for these requests, in their order; return those that have ended with it."""
+        self.draws.append((requests, draw))
+        ended = []
+        for request, token in zip(requests, draw.tokens.tolist(), strict=True):
+            response = self.tokens[request]
+            response.append(token)
+            if self.stopping.has_ended(token, response):
+                self.reasons[request] = "stop"
+            elif len(response) >= self.limits[request]:
+                self.reasons[request] = "length"
+            else:
+                continue
+            ended.append(request)
+        return ended
 
-    def response(self, request: int) -> Tensor:
-        """Return the tokens drawn so far for a request."""
-        return self.tokens[request, : self.drawn[request]]
+    def cancel(self) -> list[int]:
+        """End the requests that were asked to be cancelled and are not over, and return them."""
+        ended = []
+        while self.cancelling:
+            request = self.cancelling.popleft()
+            if not self.reasons[request]:
+                self.reasons[request] = "cancelled"
+                ended.append(request)
+        return ended
+
+    def sequence(self, request: int) -> Tensor:
+        """Return prompt and response, 1-D."""
+        response = torch.tensor(self.tokens[request], dtype=torch.int64, device=self.prompts[request].device)
+        return torch.cat([self.prompts[request], response])
 
     def rollout(self, temperature: float, version: tuple[int, ...]) -> Rollout:
         """Put the records together. Raises FloatingPointError if the model produced numbers that are not finite."""
-        taken = torch.arange(self.tokens.shape[1])[None] < torch.tensor(self.drawn)[:, None]
-        flat = self.records[:, taken.to(self.tokens.device)]
-        self._check_finite(flat[0], taken)
-        tokens = self.tokens[taken.to(self.tokens.device)]
+        device, lengths = self.prompts[0].device, [len(response) for response in self.tokens]
+        owners = torch.tensor([request for requests, _ in self.draws for request in requests], dtype=torch.int64)
+        order = owners.argsort(stable=True).to(device)
+        empty = torch.zeros(0, device=device)
+        columns = [list(column) for column in zip(*(draw for _, draw in self.draws), strict=True)] or [[empty]] * 5
+        has_values = columns[4][0] is not None
+        tokens, *records = (torch.cat(part)[order] for part in columns[: 4 + has_values])
+        logprobs, entropies, kept_mass, *values = (record.float() for record in records)
+        self._check_finite(logprobs, lengths)
+        tokens = tokens.long()
         return Rollout(
             queries=self.prompts,
-            responses=tuple(tokens.split(self.drawn)),
+            responses=tuple(tokens.split(lengths)),
             tokens=tokens,
-            logprobs=flat[0],
-            entropies=flat[1],
-            kept_mass=flat[2],
-            values=flat[3] if self.has_values else None,
-            finished=torch.tensor(self.finished, dtype=torch.bool),
+            logprobs=logprobs,
+            entropies=entropies,
+            kept_mass=kept_mass,
+            values=values[0] if values else None,
+            finished=torch.tensor([reason == "stop" for reason in self.reasons], dtype=torch.bool),
+            reasons=tuple(self.reasons),
+            requests=self.places.numbers,
+            starts=self.places.starts,
             temperature=temperature,
             weight_version=version,
             token_edits=edits_of(tokens),
         )
 
-    def _check_finite(self, logprobs: Tensor, taken: Tensor) -> None:
+    def _check_finite(self, logprobs: Tensor, lengths: Sequence[int]) -> None:
         broken = ~torch.isfinite(logprobs)
         if bool(broken.any()):
-            starts = offsets_of(self.drawn)
+            starts = offsets_of(lengths)
             first = int(broken.nonzero()[0])
             request = int((starts <= first).sum()) - 1
             raise FloatingPointError(
                 f"the model produced logits that are not finite ({int(broken.sum())} of {len(logprobs)} tokens, first "
                 f"in prompt {request}); check the weights, and load the model in float32 or bfloat16, not float16"
             )
-
-
-class Rows:
-    """Which request sits in which row of the batch, and who waits."""
-
-    def __init__(self, num_requests: int, max_rows: int):
-        self.waiting = deque(range(num_requests))
-        self.occupants: list[int | None] = [None] * min(max_rows, num_requests)
-
-    @property
-    def active(self) -> list[int]:
-        """Rows with a request in them, ascending."""
-        return [row for row, request in enumerate(self.occupants) if request is not None]
-
-    @property
-    def requests(self) -> list[int]:
-        """The requests in the active rows, in the rows' order."""
-        return [request for request in self.occupants if request is not None]
-
-    @property
-    def has_room(self) -> bool:
-        """Whether somebody waits and a row is free."""
-        return bool(self.waiting) and None in self.occupants
-
-    def admit(self) -> tuple[list[int], list[int]]:
-        """Seat waiting requests in free rows; return the requests and their rows."""
-        free = [row for row, request in enumerate(self.occupants) if request is None]
-        seated: list[int] = []
-        for row in free[: len(self.waiting)]:
-            self.occupants[row] = self.waiting.popleft()
-            seated.append(row)
-        return [request for row in seated if (request := self.occupants[row]) is not None], seated
-
-    def leave(self, row: int) -> None:
-        """Free a row."""
-        self.occupants[row] = None
-
-    def compact(self) -> list[int] | None:
-        """Squeeze out empty rows once a quarter of them is empty; return the rows that stay, or None."""
-        active = self.active
-        if self.waiting or not active or len(active) > 0.75 * len(self.occupants):
-            return None
-        self.occupants = [self.occupants[row] for row in active]
-        return active

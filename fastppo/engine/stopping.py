@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
-
-from torch import Tensor
 
 from fastppo.config import SamplingConfig
 
@@ -32,12 +30,12 @@ class Stopping:
         if self.strings and tokenizer is None:
             raise ValueError(f"stop_strings={list(self.strings)} need a tokenizer; pass one to the engine")
 
-    def has_ended(self, token: int, response: Tensor) -> bool:
-        """Whether the response (1-D), which ends in `token`, is complete."""
+    def has_ended(self, token: int, response: Sequence[int]) -> bool:
+        """Whether the response, which ends in `token`, is complete."""
         if token in self.ids:
             return True
         if not self.strings:
             return False
         longest = max(len(string) for string in self.strings)
-        text = self.tokenizer.decode(response[-(longest + _SPARE_TOKENS) :].tolist())
+        text = self.tokenizer.decode(list(response[-(longest + _SPARE_TOKENS) :]))
         return any(string in text for string in self.strings)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastppo.atomic import Pathlike
 from fastppo.config import SamplingConfig
-from fastppo.engine.engine import context_length
+from fastppo.engine.prompts import context_length
 from fastppo.monitor import RunFolder
 from fastppo.rewards import Reward
 from fastppo.trainers import setup

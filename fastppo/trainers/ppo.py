@@ -14,7 +14,8 @@ from fastppo import controllers, ppo
 from fastppo.atomic import Pathlike
 from fastppo.config import PPOConfig
 from fastppo.core import flatten_dict, set_seed
-from fastppo.engine.engine import Engine, context_length
+from fastppo.engine.engine import Engine
+from fastppo.engine.prompts import context_length
 from fastppo.engine.stopping import end_ids
 from fastppo.models.network import causal_lm, language_head, to_bf16, verify_head, weight_version
 from fastppo.models.reference import Reference

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, EvalPrediction, TrainingArguments
 
-from fastppo.engine.engine import context_length
+from fastppo.engine.prompts import context_length
 from fastppo.rewards import ENDS_WITH_EOS
 from fastppo.rewards import text_ids as text_ids
 from fastppo.trainers.supervised import SupervisedTrainer, add_adapter, choose_tokenizer, pin_memory_if_useful

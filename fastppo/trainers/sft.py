@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from fastppo.engine.engine import context_length
+from fastppo.engine.prompts import context_length
 from fastppo.trainers.supervised import SupervisedTrainer, add_adapter, choose_tokenizer, pin_memory_if_useful
 
 IGNORED = -100  # what torch's cross-entropy skips

@@ -1,0 +1,54 @@
+"""The head and the draw: from the hidden states of some requests to their next tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastppo import ops
+from fastppo.config import SamplingConfig
+from fastppo.engine.requests import Draw, Requests
+from fastppo.models.network import causal_lm, language_head
+
+
+class Sampler:
+    """Draws for up to `rows` requests at a time."""
+
+    def __init__(self, model: Any, requests: Requests, sampling: SamplingConfig, rows: int):
+        self.requests, self.sampling = requests, sampling
+        self.head = language_head(model)
+        # Computed as the update will compute them, for recorded log-probs to be the update's.
+        self.logits = ops.LogitBuffer(self.head.weight, self.head.bias, rows)
+        self.value_head = getattr(model, "v_head", None)
+        self.device = causal_lm(model).device
+        possible = sorted(end for end in requests.stopping.ids if 0 <= end < len(self.head.weight))
+        self.end_ids = torch.tensor(possible, dtype=torch.int64, device=self.device)
+
+    def draw(self, hidden: Tensor, requests: Sequence[int]) -> Draw:
+        """Draw the next token of these requests from their last hidden states (N, H)."""
+        sampling, head = self.sampling, self.head
+        hidden = hidden.to(head.weight.dtype)
+        result = ops.sample_tokens(
+            self.logits.fill(hidden),
+            self.requests.seed,
+            *self.requests.next_places(requests),
+            temperature=sampling.temperature if sampling.do_sample else 1.0,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            greedy=not sampling.do_sample,
+            **self._forbidden(requests),
+        )
+        return Draw(*result, None if self.value_head is None else self.value_head(hidden).squeeze(-1))
+
+    def _forbidden(self, requests: Sequence[int]) -> dict[str, Tensor]:
+        """Name the rows that are too short to end, and the ids that would end them."""
+        least = self.sampling.min_new_tokens
+        is_early = [len(self.requests.tokens[request]) < least for request in requests] if least else [False]
+        if not any(is_early) or not len(self.end_ids):
+            return {}
+        return {"forbidden_ids": self.end_ids, "is_forbidden": torch.tensor(is_early, device=self.device)}
