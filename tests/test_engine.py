@@ -3,11 +3,10 @@
 import pytest
 import tiny
 import torch
-import transformers
 from transformers import DynamicCache
 
 from fastppo import Engine, SamplingConfig, reference_sampling
-from fastppo.engine.cache import WindowCache, check_kind
+from fastppo.engine.cache import WindowCache
 from fastppo.types import Rollout
 
 MODELS = {"llama": tiny.llama, "llama-tied": lambda: tiny.llama(tie=True), "gpt2": tiny.gpt2}
@@ -203,31 +202,8 @@ def test_unused_columns_of_the_cache_are_cut_off():
     first, window = DynamicCache(), WindowCache()
     with torch.no_grad():
         model.model(torch.arange(3, 13)[None].repeat(2, 1), past_key_values=first, use_cache=True)
-    window.admit(first, [10, 2], [0, 1])
+    window.admit(first, [10, 2], [0, 1], 2)
     assert window.used == 10
     window.release(0)
     window.make_room()
     assert window.used == 2
-
-
-def recurrent_models():
-    size = {"vocab_size": 40, "hidden_size": 16}
-    attention = {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    linear = {"linear_num_value_heads": 2, "linear_num_key_heads": 2}
-    linear |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
-    experts = {"num_experts": 2, "num_experts_per_tok": 1}
-    experts |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
-    yield "mamba", transformers.MambaConfig(**size, num_hidden_layers=2, state_size=4)
-    yield "qwen3_next", transformers.Qwen3NextConfig(**size, **attention, **linear, **experts, num_hidden_layers=4)
-
-
-@pytest.mark.parametrize(("name", "config"), list(recurrent_models()))
-def test_recurrent_states_are_refused_by_name(name, config):
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(NotImplementedError, match=rf"model type {name}\) keeps a recurrent state .* not supported yet"):
-        Engine(model).generate(tiny.queries(2), SamplingConfig(max_new_tokens=3))
-
-
-def test_a_cache_without_keys_is_refused_after_the_prompt():
-    with pytest.raises(NotImplementedError, match="keeps a recurrent state"):
-        check_kind(tiny.llama(), DynamicCache())

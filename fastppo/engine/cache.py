@@ -1,8 +1,9 @@
-"""A KV cache whose rows end at the same column: left-padded, the one layout that every decoder supports.
+"""A cache whose rows end at the same column: left-padded, the one layout that every attention supports.
 
 All rows live in one buffer per layer, [rows, heads, columns, head size]. A decode step writes one column; a new
 prompt is prefilled by itself and moved into a free row so that it ends where the others end; rows that finished
 are overwritten by the next prompt, or squeezed out when nobody waits. Columns that no row needs any more are cut off.
+Recurrent states have no columns: a row is a slot.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 _SPARE_COLUMNS = 64
 
@@ -20,16 +20,13 @@ _SPARE_COLUMNS = 64
 class _WindowLayer(DynamicLayer):
     """One layer's share of the buffer; `start` and `end` are the columns that hold tokens."""
 
-    def __init__(self, keys: Tensor, values: Tensor, columns: int):
+    def __init__(self, like: Any, rows: int):
         super().__init__()
-        self.keys, self.values = self._buffer(keys, columns), self._buffer(values, columns)
-        self.dtype, self.device = keys.dtype, keys.device
+        shapes = ((rows, part.shape[1], 0, part.shape[3]) for part in (like.keys, like.values))
+        self.keys, self.values = (like.keys.new_zeros(shape) for shape in shapes)
+        self.dtype, self.device = like.keys.dtype, like.keys.device
         self.is_initialized = True
-        self.start = self.end = columns
-
-    @staticmethod
-    def _buffer(like: Tensor, columns: int) -> Tensor:
-        return like.new_zeros(like.shape[0], like.shape[1], columns, like.shape[3])
+        self.start = self.end = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         end = self.end + key_states.shape[-2]
@@ -44,17 +41,17 @@ class _WindowLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.end - self.start + query_length, 0
 
-    def place(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+    def place(self, rows: Tensor, prompts: Any) -> None:
         """Write prompts, left-padded to a common length, into `rows` so that they end at the last used column."""
-        begin = self.end - keys.shape[-2]
-        self.keys[rows, :, begin : self.end] = keys
-        self.values[rows, :, begin : self.end] = values
+        begin = self.end - prompts.keys.shape[-2]
+        self.keys[rows, :, begin : self.end] = prompts.keys
+        self.values[rows, :, begin : self.end] = prompts.values
 
     def resize(self, used: int, spare: int) -> None:
         """Move the last `used` columns (zeros where there are fewer) to the front of a buffer with `spare` more."""
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = self._buffer(old, used + spare)
+            new = old.new_zeros(*old.shape[:2], used + spare, old.shape[3])
             have = min(used, self.end - self.start)
             new[:, :, used - have : used] = old[:, :, self.end - have : self.end]
             setattr(self, name, new)
@@ -64,22 +61,54 @@ class _WindowLayer(DynamicLayer):
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
-def check_kind(model: Any, prefilled: DynamicCache | None = None) -> None:
-    """Raise NotImplementedError for a model whose state is not, or not only, keys and values.
+class _StateLayer(LinearAttentionLayer):
+    """One layer's recurrent states, a slot for each row."""
 
-    The configuration tells it of most models before they run; of others, what they left in a cache after a prompt.
-    """
-    if prefilled is None:
-        layers = DynamicCache(config=model.config.get_text_config()).layers
-        is_recurrent = any(hasattr(layer, "update_conv_state") for layer in layers)
-    else:
-        layers = prefilled.layers
-        is_recurrent = not layers or any(getattr(layer, "keys", None) is None for layer in layers)
-    if is_recurrent:
-        raise NotImplementedError(
-            f"{type(model).__name__} (model type {model.config.model_type}) keeps a recurrent state between tokens, "
-            "which is not supported yet; use a model whose layers are all attention"
-        )
+    def __init__(self, like: Any, rows: int):
+        super().__init__(like.number_of_states)
+        for name, value in vars(like).items():
+            if isinstance(value, dict):  # sizes and flags are the prompt's; the states begin empty
+                setattr(self, name, dict(value))
+        self.dtype, self.device = like.dtype, like.device
+        for states in (self.conv_states, self.recurrent_states):
+            states.update({i: x.new_zeros(rows, *x.shape[1:]) for i, x in states.items() if x is not None})
+
+    def place(self, rows: Tensor, prompts: Any) -> None:
+        pairs = (self.conv_states, prompts.conv_states), (self.recurrent_states, prompts.recurrent_states)
+        for states, given in pairs:
+            for number, state in given.items():
+                if state is not None:
+                    states[number][rows] = state
+
+    def select(self, rows: Tensor) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            states.update({i: state[rows] for i, state in states.items() if state is not None})
+
+
+class _HybridLayer(_StateLayer, _WindowLayer):
+    """Keys, values and recurrent states of one layer."""
+
+    def __init__(self, like: Any, rows: int):
+        _WindowLayer.__init__(self, like, rows)
+        columns = self.keys, self.values
+        _StateLayer.__init__(self, like, rows)
+        self.keys, self.values = columns
+
+    def place(self, rows: Tensor, prompts: Any) -> None:
+        _StateLayer.place(self, rows, prompts)
+        _WindowLayer.place(self, rows, prompts)
+
+    def select(self, rows: Tensor) -> None:
+        _StateLayer.select(self, rows)
+        _WindowLayer.select(self, rows)
+
+
+def _opened(like: Any, rows: int) -> Any:
+    """Return an empty layer of so many rows for what the layer of a prefilled cache holds."""
+    has_keys, has_states = getattr(like, "keys", None) is not None, hasattr(like, "conv_states")
+    if has_keys:
+        return _HybridLayer(like, rows) if has_states else _WindowLayer(like, rows)
+    return _StateLayer(like, rows) if has_states else like
 
 
 class WindowCache(Cache):
@@ -92,7 +121,11 @@ class WindowCache(Cache):
     @property
     def used(self) -> int:
         """Columns in use: the length of the longest row."""
-        return self.layers[0].get_seq_length() if self.layers else 0
+        return self._attention[0].get_seq_length() if self._attention else max(self.lengths, default=0)
+
+    @property
+    def _attention(self) -> list[_WindowLayer]:
+        return [layer for layer in self.layers if isinstance(layer, _WindowLayer)]
 
     def mask(self, device: torch.device) -> Tensor:
         """Return the (rows, used + 1) int64 attention mask of the next decode step: 1 on a row's own tokens."""
@@ -100,27 +133,26 @@ class WindowCache(Cache):
         starts = self.used - torch.tensor(self.lengths, device=device)
         return (columns >= starts[:, None]).long()
 
-    def admit(self, prompts: DynamicCache, lengths: list[int], rows: list[int]) -> None:
-        """Take prefilled, left-padded prompts into free rows; the first prompts open the cache in rows 0, 1, ..."""
-        longest = max(lengths)
+    def admit(self, prompts: Cache, lengths: list[int], rows: list[int], capacity: int) -> None:
+        """Take prefilled prompts, left-padded if their lengths differ, into free rows of `capacity` in all."""
         if not self.layers:
-            self.layers: list[Any] = [_WindowLayer(layer.keys, layer.values, 0) for layer in prompts.layers]
-            self.lengths = [0] * len(rows)
+            self.layers: list[Any] = [_opened(layer, capacity) for layer in prompts.layers]
+            self.lengths = [0] * capacity
         for row, length in zip(rows, lengths, strict=True):
             self.lengths[row] = length
-        if longest > self.used:
-            self._resize(longest)
-        index = torch.tensor(rows, device=prompts.layers[0].keys.device)
+        if max(lengths) > self.used:
+            self._resize(max(lengths))
         for layer, prompt in zip(self.layers, prompts.layers, strict=True):
-            layer.place(index, prompt.keys, prompt.values)
+            if hasattr(layer, "place"):  # others hold nothing
+                layer.place(torch.tensor(rows, device=prompt.device), prompt)
 
     def make_room(self) -> None:
         """Make sure that one more column fits, cutting off those that no row needs."""
-        layer = self.layers[0]
         longest = max(self.lengths)
-        if layer.end == layer.keys.shape[-2]:
-            self._resize(longest)
-        for layer in self.layers:
+        for layer in self._attention[:1]:
+            if layer.end == layer.keys.shape[-2]:
+                self._resize(longest)
+        for layer in self._attention:
             layer.start = layer.end - longest
 
     def advance(self) -> None:
@@ -133,11 +165,11 @@ class WindowCache(Cache):
 
     def keep(self, rows: list[int]) -> None:
         """Squeeze out all rows but these, in this order."""
-        index = torch.tensor(rows, device=self.layers[0].keys.device)
         for layer in self.layers:
-            layer.select(index)
+            if hasattr(layer, "select"):
+                layer.select(torch.tensor(rows, device=layer.device))
         self.lengths = [self.lengths[row] for row in rows]
 
     def _resize(self, used: int) -> None:
-        for layer in self.layers:
+        for layer in self._attention:
             layer.resize(used, max(_SPARE_COLUMNS, used // 2))

@@ -17,6 +17,7 @@ from fastppo.engine.requests import Places, Requests
 from fastppo.engine.sampler import Sampler
 from fastppo.engine.score import Scores, score
 from fastppo.engine.stopping import Stopping, end_ids
+from fastppo.engine.tiers import slower_decoder
 from fastppo.engine.windowed import WindowDecoder
 from fastppo.models import probe
 from fastppo.models.network import causal_lm, weight_version
@@ -84,7 +85,6 @@ class Engine:
             ValueError: an empty prompt, or one that does not fit the model's context together with its response, or
                 `kv_memory`.
             FloatingPointError: the model's logits are not finite.
-            NotImplementedError: the model keeps a recurrent state between tokens.
         """
         call = self._start(prompts, sampling, n, max_new_tokens, keep, generation_kwargs)
         call.run()
@@ -215,7 +215,7 @@ class Engine:
         """Return the fastest decoder that is right for the model."""
         inner = causal_lm(self.model)
         if not has_kernels(inner.device) or not probe.paged(self.model):
-            return WindowDecoder(self.model, requests, sampler, self.max_rows)
+            return slower_decoder(self.model)(self.model, requests, sampler, self.max_rows)
         like = inner.get_input_embeddings().weight
         cache = self._cache
         if cache is None or (cache.like.dtype, cache.like.device) != (like.dtype, like.device):

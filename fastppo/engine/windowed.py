@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from fastppo.engine.cache import WindowCache, check_kind
+from fastppo.engine.cache import WindowCache
 from fastppo.engine.requests import Requests
 from fastppo.engine.sampler import Sampler
 from fastppo.models.attach import pinned_rope
@@ -64,8 +64,9 @@ class Rows:
 class WindowDecoder:
     """One generate call: admit, decode, draw, until nobody is left."""
 
+    tier = "B"
+
     def __init__(self, model: Any, requests: Requests, sampler: Sampler, max_rows: int):
-        check_kind(causal_lm(model))
         self.model, self.requests, self.sampler = model, requests, sampler
         self.rows, self.cache = Rows(len(requests.prompts), max_rows), WindowCache()
         self.device = causal_lm(model).device
@@ -100,7 +101,7 @@ class WindowDecoder:
     def metrics(self) -> dict[str, Any]:
         """Return what the call has cost so far."""
         rows = self._counts["decode_tokens"] / max(1, self._counts["steps"])
-        return self._counts | {"tier": "B", "decoder": "modules", "mean_rows": rows}
+        return self._counts | {"tier": self.tier, "decoder": "modules", "mean_rows": rows}
 
     def _admit(self) -> None:
         """Prefill waiting prompts, seat them in free rows, and draw their first tokens."""
@@ -116,8 +117,7 @@ class WindowDecoder:
         cache = DynamicCache()
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         hidden = self._forward(ids, mask, positions, cache)
-        check_kind(causal_lm(self.model), cache)
-        self.cache.admit(cache, lengths, rows)
+        self.cache.admit(cache, lengths, rows, len(self.rows.occupants))
         self._counts["prefill_tokens"] += sum(lengths)
         self._draw(hidden, requests, rows)
 

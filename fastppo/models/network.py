@@ -31,7 +31,11 @@ def causal_lm(model: nn.Module) -> Any:
 def body(model: nn.Module) -> Any:
     """Return the decoder without its head: input ids to hidden states."""
     inner = causal_lm(model)
-    return inner.base_model
+    # Some models do not name their body by the prefix of their weights.
+    network = getattr(inner, "model", inner) if inner.base_model is inner else inner.base_model
+    # The decoders of encoder-decoder models lie in a wrapper that takes anything.
+    kind: Any = type(network)
+    return network if "input_ids" in _parameters_of(kind) else getattr(network, "decoder", network)
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,7 +49,7 @@ Run = Callable[[nn.Module, Sequence[Tensor]], Sequence[Tensor]]
 
 
 def verdict(model: nn.Module, name: str, run: Run) -> Verdict:
-    """Compare `run(model, sequences)`, hidden states (L, H) of each, with the model's own forward of each by itself.
+    """Compare `run(model, sequences)`, the last hidden states of each, with the model's own forward of each by itself.
 
     The answer is remembered under `name` until the model's dtype, device or adapters change. The model is left as it
     was, its random numbers too. An error that the layout raises is the reason why it is refused.
@@ -110,7 +110,7 @@ def _compare(model: nn.Module, run: Run) -> Verdict:
 
 def _difference(model: nn.Module, hidden: Sequence[Tensor], own: Sequence[Tensor]) -> float:
     """Return max |Δ log-prob|, NaN if there is a NaN; one sequence at a time, for vocabularies are large."""
-    pairs = zip(hidden, own, strict=True)
+    pairs = [(part, whole[-len(part) :]) for part, whole in zip(hidden, own, strict=True)]
     return float(torch.stack([(_logprobs(model, a) - _logprobs(model, b)).abs().max() for a, b in pairs]).max())
 
 
