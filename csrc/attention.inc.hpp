@@ -24,7 +24,7 @@ struct Tile {
   float* sums;     // (rows·group, value_size up to a multiple of 16)
   float* scores;   // (rows·group, chunk_keys)
   Softmax* softmax;
-  float* values;  // a chunk's, with zeros up to a multiple of 16, where the cache has no whole vectors
+  float* values;  // a chunk's, with zeros up to a multiple of 16, where the cache has none
 };
 
 inline std::int64_t tile_bytes(std::int64_t group, std::int64_t head_size, std::int64_t value_size) {
@@ -69,13 +69,13 @@ struct Run {
   std::int64_t hi;
 };
 
-// Take a row into the run unless one of its blocks is another than the run's, or lies apart from them.
+// Take a row into the run unless it reads no block of the run's, or another one in the place of such.
 inline bool join(const Tile& tile, std::int64_t row, std::int64_t chunk, Run* run) {
   const std::int64_t start = chunk * chunk_blocks;
   const std::int64_t lo = larger(tile.first[row] / cache_block - start, 0);
   const std::int64_t hi = smaller(tile.last[row] / cache_block - start + 1, chunk_blocks);
   const bool is_new = run->lo == run->hi;
-  if (lo >= hi || !(is_new || (lo <= run->hi && hi >= run->lo))) return false;
+  if (lo >= hi || !(is_new || (lo < run->hi && hi > run->lo))) return false;
   const std::int32_t* blocks = tile.tables[row] + start;
   for (std::int64_t b = larger(lo, run->lo); b < smaller(hi, run->hi); ++b) {
     if (run->blocks[b] != blocks[b]) return false;
@@ -132,7 +132,7 @@ inline void attend_run(const HeadCache<T>& cache, const Tile& tile, const Attent
             tile.sums + q * size, size);
     }
   }
-  if (cache.value_stride % Vec::width == 0) {
+  if (cache.value_stride == size) {
     add_values(tile, begin * group, end * group, chunk, run, values, cache.value_stride);
     return;
   }
