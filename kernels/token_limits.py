@@ -113,17 +113,18 @@ def gather(
 
 
 @triton.jit
-def search(keys, weights, low, high, needed, slack, largest, IS_MASS: tl.constexpr):
+def search(keys, weights, low, high, needed, deviation, spare, largest, IS_MASS: tl.constexpr):
     """Return the greatest key, from low to below high, from which up the weights reach `needed`; low if none.
 
-    Of slack, in standard errors of a sum of weights 1, that must be more: those of the sum of weights below the key.
+    What is asked for on top of that is given for tokens of weight 1: a standard deviation, and so many tokens to spare.
     """
     while low + 1 < high:
         # Half-way, without overflow.
         middle = (low & high) + ((low ^ high) >> 1)
-        goal = needed + slack
+        goal = needed + deviation + spare
         if IS_MASS:
-            goal = needed + slack * tl.exp(0.5 * (from_order_key(middle) - largest))
+            weight = tl.exp(from_order_key(middle) - largest)
+            goal = needed + deviation * tl.sqrt(weight) + spare * weight
         is_enough = tl.sum(tl.where(keys >= middle, weights, 0.0), axis=0) >= goal
         low, high = tl.where(is_enough, middle, low), tl.where(is_enough, high, middle)
     return low
@@ -144,15 +145,16 @@ def guess(
         goal = tl.sum(weights, axis=0) - variance
     else:
         variance = tl.minimum(goal, CAPACITY - goal)
-    margin = MARGIN * tl.sqrt(tl.maximum(variance, 0.0))
-    first = search(keys, weights, low, high, goal, margin, largest, IS_MASS)
-    end = search(keys, weights, low, high, goal, -margin, largest, IS_MASS) + 1
+    deviation = MARGIN * tl.sqrt(tl.maximum(variance, 0.0))
+    # The tokens of a group may be alike: the frequent ones often have the lowest ids.
+    first = search(keys, weights, low, high, goal, deviation, GROUP, largest, IS_MASS)
+    end = search(keys, weights, low, high, goal, -deviation, -GROUP, largest, IS_MASS) + 1
     if not IS_MASS:
         # All that top-k leaves is gathered where there is room for it, so that top-p finds it there.
         end = tl.where(needed <= CAPACITY // 2, high, end)
     if (attempt > 3) | ((attempt > 0) & (first == low) & (end == high)):
         ones = ((keys >= low) & (keys < high)).to(weights.dtype)
-        median = search(keys, ones, low, high, 0.5 * tl.sum(ones, axis=0), 0.0, largest, False)
+        median = search(keys, ones, low, high, 0.5 * tl.sum(ones, axis=0), 0.0, 0.0, largest, False)
         first, end = tl.maximum(median, low + 1), high
     return first, end
 
@@ -209,7 +211,7 @@ def find_threshold(
             masses = tl.where(keys > filler, tl.exp(from_order_key(keys) - largest), 0.0)
             weights = masses if IS_MASS else tl.where(keys > filler, 1.0, 0.0).to(ACC)
             if number <= CAPACITY:
-                low = search(keys, weights, low, high, needed - above, 0.0, largest, IS_MASS)
+                low = search(keys, weights, low, high, needed - above, 0.0, 0.0, largest, IS_MASS)
                 ties = tl.sum((keys == low).to(tl.int32), axis=0)
                 num_gathered = tl.where((attempt > 0) & (high == top), number, 0)
                 is_found = True

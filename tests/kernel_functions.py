@@ -89,3 +89,24 @@ def composed_rows(
     e = -entropy_coef * weights
     logit_gradient(logits, labels, logsumexp, entropy, g, e, out=out, logprobs=logprobs, **shape)
     return losses + e * entropy, logprobs, entropy
+
+
+def bytes_read(**given: Any) -> Tensor:
+    """Return how many bytes `sample` loads from memory, counted by the interpreter."""
+    from fastppo.kernels.sampling import sample
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    load, count = InterpreterBuilder.create_masked_load, 0
+
+    def counting(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        nonlocal count
+        loaded = load(self, pointers, mask, *rest)
+        count += int(mask.data.sum()) * loaded.data.itemsize
+        return loaded
+
+    InterpreterBuilder.create_masked_load = counting
+    try:
+        sample(**given)
+    finally:
+        InterpreterBuilder.create_masked_load = load
+    return torch.tensor(count)
