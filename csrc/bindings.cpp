@@ -11,6 +11,7 @@
 namespace py = pybind11;
 
 void bind_attention(py::module_& module);  // bind_attention.cpp
+void bind_decode(py::module_& module);     // bind_decode.cpp
 void bind_fused(py::module_& module);      // bind_fused.cpp
 void bind_head(py::module_& module);       // bind_head.cpp
 void bind_matmul(py::module_& module);     // bind_matmul.cpp
@@ -133,6 +134,7 @@ PYBIND11_MODULE(_native, module) {
              "Return the bin (N,) int64 of each sequence of lengths (N,) int64, in order, each to the bin with the "
              "fewest tokens. Raises ValueError when num_bins bins of max_per_bin sequences are too few.");
   bind_attention(module);
+  bind_decode(module);
   bind_fused(module);
   bind_head(module);
   bind_matmul(module);

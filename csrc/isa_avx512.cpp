@@ -1,5 +1,6 @@
 // setup.py compiles this file for the instruction set in its name.
 #include "attention_training.inc.hpp"
+#include "decode_operations.inc.hpp"
 #include "fused_rows.inc.hpp"
 #include "head_rows.inc.hpp"
 #include "kernels.hpp"
@@ -16,6 +17,7 @@ const Kernels& kernels_avx512() {
       small_matmul_kernels,
       fused_kernels,
       attention_kernels,
+      decode_kernels,
   };
   return kernels;
 }

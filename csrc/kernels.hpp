@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention.hpp"
+#include "decode_operations.hpp"
 #include "fused_rows.hpp"
 #include "head_rows.hpp"
 #include "sampling.hpp"
@@ -17,6 +18,7 @@ struct Kernels {
   SmallMatmulKernels small_matmul;
   FusedKernels fused;
   AttentionKernels attention;
+  DecodeKernels decode;
 };
 
 const Kernels& kernels_generic();
