@@ -35,7 +35,11 @@ class LayerShape:
     window: int | None
 
     def pool(self, blocks: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return uninitialised keys (blocks, Hkv, D, 16) and values (blocks, Hkv, 16, Dv), in `like`'s dtype."""
+        """Return uninitialised keys and values in `like`'s dtype, laid out as `ops.attention.paged_write` says."""
+        if like.device.type != "cpu":
+            sizes = (self.head_size, self.value_size)
+            keys, values = (like.new_empty(blocks, BLOCK, self.kv_heads, size) for size in sizes)
+            return keys, values
         keys = like.new_empty(blocks, self.kv_heads, self.head_size, BLOCK)
         return keys, like.new_empty(blocks, self.kv_heads, BLOCK, self.value_size)
 

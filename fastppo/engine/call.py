@@ -100,8 +100,9 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """End the stream; what is not finished counts as cancelled."""
+        """End the stream and drop the events that were not read; what is not finished counts as cancelled."""
         self._call.close(is_complete=True)
+        self._events.clear()
 
     def rollout(self) -> Rollout:
         """Return everything drawn, as `Engine.generate` does; ends the stream."""
@@ -135,19 +136,18 @@ class _Text:
     """Turns tokens into text piece by piece, whole characters at a time."""
 
     def __init__(self) -> None:
-        self._tokens: list[int] = []  # from the start of the last piece on: what a token means depends on its neighbour
-        self._shown = 0  # characters of their text that were returned
+        self._tokens: list[int] = []  # from the last piece on: what a token adds depends on the one before it
+        self._old = 0  # how many of them have been shown
+        self._shown = 0  # characters that were
 
     def gain(self, tokenizer: Any, token: int | None, is_last: bool) -> str:
         """Return the text that a token adds; nothing while a character is incomplete."""
-        before = len(self._tokens)
         self._tokens += [] if token is None else [token]
         text: str = tokenizer.decode(self._tokens, skip_special_tokens=True)
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and not is_last:
-            return ""
         gained = text[self._shown :]
-        if before:
-            self._tokens = self._tokens[before:]
-            text = tokenizer.decode(self._tokens, skip_special_tokens=True)
-        self._shown = len(text)
+        if not gained or (text.endswith("\N{REPLACEMENT CHARACTER}") and not is_last):
+            return ""
+        self._tokens = self._tokens[self._old :]
+        self._old = len(self._tokens)
+        self._shown = len(tokenizer.decode(self._tokens, skip_special_tokens=True))
         return gained

@@ -16,12 +16,13 @@ from fastppo.engine.paged import PagedDecoder
 from fastppo.engine.requests import Places, Requests
 from fastppo.engine.sampler import Sampler
 from fastppo.engine.score import Scores, score
+from fastppo.engine.steps import ProgramStep, program_step
 from fastppo.engine.stopping import Stopping, end_ids
 from fastppo.engine.tiers import slower_decoder
 from fastppo.engine.windowed import WindowDecoder
 from fastppo.models import probe
 from fastppo.models.network import causal_lm, weight_version
-from fastppo.ops.attention import has_kernels
+from fastppo.ops.attention import has_paged_kernels
 from fastppo.types import Rollout
 
 
@@ -55,6 +56,8 @@ class Engine:
         self.kv_memory, self.prefill_tokens = kv_memory, prefill_tokens
         self.num_requests = 0  # requests served so far: the number of the next one
         self._cache: PagedCache | None = None
+        self._program: ProgramStep | None = None
+        self._built_for: PagedCache | None = None  # what the program was built for
         self._call: Call | None = None
         self._metrics: dict[str, Any] = {}
 
@@ -75,7 +78,8 @@ class Engine:
             sampling: how to draw; by default `SamplingConfig()`.
             n: responses to each prompt.
             max_new_tokens: a limit for each prompt, in place of the one in `sampling`.
-            keep: hold keys and values for `continue_`, until `release` or until the weights change.
+            keep: hold keys and values for `continue_`, until `release` or until the weights change; where the model
+                cannot use the paged cache, turns are computed from their beginning.
             generation_kwargs: transformers' generation arguments, in place of `sampling`.
 
         Returns:
@@ -134,10 +138,8 @@ class Engine:
             raise ValueError(f"got new tokens for {len(new_tokens)} responses, but the rollout has {len(rollout)}")
         added = incoming.encode(new_tokens, self.model, self.tokenizer)
         parts = list(zip(rollout.queries, rollout, added, strict=True))
-        places = Places(
-            rollout.requests,
-            tuple(start + len(part[1]) + len(part[2]) for start, part in zip(rollout.starts, parts, strict=True)),
-        )
+        starts = [start + len(part[1]) + len(part[2]) for start, part in zip(rollout.starts, parts, strict=True)]
+        places = Places(rollout.requests, tuple(starts), rollout.requests)
         prompts = [torch.cat(part) for part in parts]
         call = self._start(prompts, sampling, n, max_new_tokens, keep, generation_kwargs, places)
         call.run()
@@ -199,9 +201,11 @@ class Engine:
         incoming.check(ids, limits, self.model)
         first, inner = self.num_requests, causal_lm(self.model)
         if places is None or n > 1:
-            starts = [0] * len(prompts) if places is None else places.starts
-            numbers = tuple(range(first, first + len(ids)))
-            first, places = first + len(ids), Places(numbers, tuple(start for start in starts for _ in range(n)))
+            starts, sources = ([0] * len(prompts), []) if places is None else (places.starts, places.sources)
+            numbers = range(first, first + len(ids))
+            first = first + len(ids)
+            starts = [start for start in starts for _ in range(n)]
+            places = Places(tuple(numbers), tuple(starts), tuple([s for s in sources for _ in range(n)] or numbers))
         seed = self.seed if sampling.seed is None else sampling.seed
         stopping = Stopping(sampling, end_ids(inner, self.tokenizer), self.tokenizer)
         requests = Requests(ids, limits, seed, places, stopping)
@@ -214,7 +218,7 @@ class Engine:
     def _decoder(self, requests: Requests, sampler: Sampler, keep: bool) -> PagedDecoder | WindowDecoder:
         """Return the fastest decoder that is right for the model."""
         inner = causal_lm(self.model)
-        if not has_kernels(inner.device) or not probe.paged(self.model):
+        if not has_paged_kernels(inner.device) or not probe.paged(self.model):
             return slower_decoder(self.model)(self.model, requests, sampler, self.max_rows)
         like = inner.get_input_embeddings().weight
         cache = self._cache
@@ -226,8 +230,22 @@ class Engine:
             if version != cache.version:
                 cache.release()  # computed with other weights
             cache.version = version
-        size = {"max_rows": self.max_rows, "prefill_tokens": self.prefill_tokens}
-        return PagedDecoder(self.model, requests, sampler, cache, **size, keep=keep)
+        return PagedDecoder(
+            self.model,
+            requests,
+            sampler,
+            cache,
+            max_rows=self.max_rows,
+            prefill_tokens=self.prefill_tokens,
+            keep=keep,
+            program=self._program_step(cache),
+        )
+
+    def _program_step(self, cache: PagedCache) -> ProgramStep | None:
+        """Return the model's C++ program, if it has one, with the weights and adapters of this moment."""
+        if cache is not self._built_for:
+            self._built_for, self._program = cache, program_step(self.model, cache)
+        return self._program if self._program is not None and self._program.refresh() else None
 
     def _finish(self) -> None:
         if self._call is not None:

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastppo.attention import Paged, attending
 from fastppo.engine.kv import Kept, PagedCache
 from fastppo.engine.requests import Requests
 from fastppo.engine.sampler import Sampler
 from fastppo.engine.schedule import Chunk, Job, Plan, Prompt, Scheduler
+from fastppo.engine.steps import ProgramStep, module_step
 from fastppo.models.attach import attached
-from fastppo.models.network import last_hidden
 
 
 class PagedDecoder:
@@ -35,7 +34,7 @@ class PagedDecoder:
         max_rows: int,
         prefill_tokens: int,
         keep: bool = False,
-        program: Any = None,
+        program: ProgramStep | None = None,
     ):
         self.model, self.requests, self.sampler, self.cache = model, requests, sampler, cache
         self.program, self.keep = program, keep
@@ -52,7 +51,7 @@ class PagedDecoder:
         """Return a job per request; equal prompts are one, with what was kept of it."""
         prompts: dict[tuple[int, ...], Prompt] = {}
         jobs = []
-        for index, (ids, number) in enumerate(zip(self.requests.prompts, self.requests.places.numbers, strict=True)):
+        for index, (ids, number) in enumerate(zip(self.requests.prompts, self.requests.places.sources, strict=True)):
             prompt = prompts.setdefault(tuple(ids.tolist()), Prompt(index, len(ids)))
             held = self.cache.recall(number, ids)
             if prompt.held is None:
@@ -137,7 +136,7 @@ class PagedDecoder:
         self._ends = {prompt: end for prompt, end in self._ends.items() if prompt.held is not None}
         return result
 
-    def _run(self, decode: Sequence[Job], chunks: Sequence[Chunk], program: Any) -> Tensor:
+    def _run(self, decode: Sequence[Job], chunks: Sequence[Chunk], program: ProgramStep | None) -> Tensor:
         """Run the last tokens of jobs and then chunks side by side; return their hidden states (T, H)."""
         helds = [job.held for job in decode if job.held is not None]
         tokens = torch.tensor([self.requests.tokens[job.index][-1] for job in decode], dtype=torch.int64)
@@ -149,12 +148,9 @@ class PagedDecoder:
         device = self.cache.like.device
         ids = torch.cat([tokens.to(device), *map(self._tokens, chunks)]) if chunks else tokens.to(device)
         positions, sequences = torch.tensor([places, slots], dtype=torch.int32, device=device)
-        layers = self.cache.layers()
         if program is not None:
-            hidden: Tensor = program(ids, positions, sequences).to(self.cache.like.dtype)
-            return hidden
-        with attending(Paged(sequences, positions, layers)):
-            return last_hidden(self.model, input_ids=ids[None], position_ids=positions[None].long(), use_cache=False)[0]
+            return program(ids, positions, sequences)
+        return module_step(self.model, self.cache, ids, positions, sequences)
 
     def _tokens(self, chunk: Chunk) -> Tensor:
         owner = chunk.owner

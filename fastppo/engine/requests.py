@@ -25,10 +25,11 @@ class Draw(NamedTuple):
 
 
 class Places(NamedTuple):
-    """What the draws of each request depend on besides the seed: its number, and the position of its first token."""
+    """What the draws of each request depend on besides the seed, and where it comes from."""
 
     numbers: tuple[int, ...]
-    starts: tuple[int, ...]
+    starts: tuple[int, ...]  # positions of the first tokens
+    sources: tuple[int, ...]  # numbers under which keys and values of the prompts may have been kept
 
 
 class Requests:
@@ -44,7 +45,7 @@ class Requests:
 
     def next_places(self, requests: Sequence[int]) -> Tensor:
         """Return number and position (2, N) int64 of the next draw of these requests."""
-        numbers, starts = self.places
+        numbers, starts = self.places.numbers, self.places.starts
         positions = [starts[request] + len(self.tokens[request]) for request in requests]
         return torch.tensor([[numbers[request] for request in requests], positions], device=self.prompts[0].device)
 

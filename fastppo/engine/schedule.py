@@ -241,7 +241,7 @@ class Scheduler:
         return [sum(self._still(owner, group) for owner in owners) for group in range(len(self.ledger.pools))]
 
     def _still(self, owner: Prompt | Job, group: int) -> int:
-        length, have = owner.length, 0
+        length, have = owner.length // BLOCK * BLOCK, 0  # what is left of a prompt counts as its jobs'
         if isinstance(owner, Job):
             expected = owner.limit // 2
             if len(self._lengths) >= _MIN_OBSERVED:

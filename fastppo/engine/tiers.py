@@ -77,7 +77,9 @@ def _replay(decoder: type[WindowDecoder]) -> Callable[[Any, Sequence[Tensor]], l
         prompts = [ids[: len(ids) - end] for ids, end in zip(sequences, ends, strict=True)]
         numbers = tuple(range(len(prompts)))
         stopping = Stopping(SamplingConfig(stop_ids=()), frozenset(), None)
-        requests = Requests(prompts, [end + 1 for end in ends], 0, Places(numbers, (0,) * len(prompts)), stopping)
+        requests = Requests(
+            prompts, [end + 1 for end in ends], 0, Places(numbers, (0,) * len(prompts), numbers), stopping
+        )
         sampler: Any = _Replay(requests, sequences)
         running = decoder(model, requests, sampler, 2)
         with running.ready():

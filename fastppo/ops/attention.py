@@ -202,3 +202,8 @@ def has_kernels(device: torch.device) -> bool:
     on padded ones.
     """
     return backend(device) == "native"
+
+
+def has_paged_kernels(device: torch.device) -> bool:
+    """Whether the paged cache has kernels there; the reference goes through it query by query."""
+    return backend(device) == ("triton" if device.type == "cuda" else "native")

@@ -1,0 +1,81 @@
+"""One forward pass over tokens of paged sequences: through a model's modules, or through its C++ program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastppo.attention import Paged, attending
+from fastppo.engine.kv import PagedCache
+from fastppo.engine.program import build_program
+from fastppo.engine.tracing import UnsupportedModelError
+from fastppo.models import probe
+from fastppo.models.attach import attached
+from fastppo.models.network import causal_lm, last_hidden
+
+
+def module_step(model: Any, cache: PagedCache, ids: Tensor, positions: Tensor, sequences: Tensor) -> Tensor:
+    """Store keys and values of tokens (T,) of an attached model and return their last hidden states (T, H).
+
+    `positions` and `sequences`, rows of the block tables, are (T,) int32; tokens of a sequence are neighbours.
+    """
+    with attending(Paged(sequences, positions, cache.layers())):
+        return last_hidden(model, input_ids=ids[None], position_ids=positions[None].long(), use_cache=False)[0]
+
+
+class ProgramStep:
+    """The same through the program. Raises NotImplementedError for models that have none, with the reason."""
+
+    def __init__(self, model: Any, cache: PagedCache):
+        program, reason = build_program(model)
+        if program is None:
+            raise NotImplementedError(reason)
+        self._program, self._cache = program, cache
+        self._groups = [cache.windows.index(window or None) for window in program.windows]
+
+    def refresh(self) -> bool:
+        """Look where the weights are now and which adapters are on; return whether the program can run them."""
+        try:
+            self._program.refresh()
+        except UnsupportedModelError:
+            return False
+        return True
+
+    def __call__(self, ids: Tensor, positions: Tensor, sequences: Tensor) -> Tensor:
+        """Return the last hidden states (T, H), in the model's dtype."""
+        self._cache.layers()
+        tables = [self._cache.tables[group] for group in self._groups]
+        hidden: Tensor = self._program.step(ids, positions, sequences, tables, list(self._cache.pools.values()))
+        return hidden.to(self._cache.like.dtype)
+
+
+def program_step(model: Any, cache: PagedCache) -> ProgramStep | None:
+    """Return the program's step if there is one, and if beside the modules it gives the model's own log-probs."""
+    if cache.like.device.type != "cpu" or not probe.verdict(model, "program", _mixed):
+        return None
+    return ProgramStep(model, cache)
+
+
+def _mixed(model: Any, sequences: Sequence[Tensor]) -> list[Tensor]:
+    """Run the first half of each sequence through the modules and the rest, side by side, through the program."""
+    lengths = [len(ids) for ids in sequences]
+    cache = PagedCache(probe.layer_shapes(model), causal_lm(model).get_input_embeddings().weight, None)
+    ledger = cache.take(lengths, len(lengths), max(lengths))
+    step, helds, hidden = ProgramStep(model, cache), [ledger.open() for _ in sequences], []
+    for held, ids in zip(helds, sequences, strict=True):
+        ledger.extend(held, len(ids) // 2)
+        positions = torch.arange(len(ids) // 2, dtype=torch.int32)
+        with attached(model):
+            hidden.append([module_step(model, cache, ids[: len(positions)], positions, positions * 0 + held.slot)])
+    for position in range(max(lengths)):
+        rows = [row for row, length in enumerate(lengths) if length // 2 <= position < length]
+        for row in rows:
+            ledger.extend(helds[row], position + 1)
+        ids = torch.tensor([int(sequences[row][position]) for row in rows], dtype=torch.int64)
+        slots = torch.tensor([helds[row].slot for row in rows], dtype=torch.int32)
+        for row, state in zip(rows, step(ids, torch.full_like(slots, position), slots), strict=True):
+            hidden[row].append(state[None])
+    return [torch.cat(parts) for parts in hidden]
