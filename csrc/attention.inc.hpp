@@ -244,6 +244,8 @@ inline void write_token(const PagedRows& rows, const KeyValuePool& pool, const T
     T* value = static_cast<T*>(pool.values) + (place + slot) * pool.value_size;
     for (std::int64_t d = 0; d < pool.head_size; ++d) {
       from_float(number_at(keys, row, head, d), key + d * cache_block);
+      // Keeps the compiler from scatter instructions, which take several times as long.
+      asm volatile("" ::: "memory");
     }
     for (std::int64_t d = 0; d < pool.value_size; ++d) from_float(number_at(values, row, head, d), value + d);
   }

@@ -5,6 +5,10 @@
 #include "attention.inc.hpp"
 #include "sampling.hpp"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace fastppo {
 namespace {
 
@@ -40,24 +44,36 @@ inline std::int64_t most_keys(const RaggedRows& rows) {
   return round_up(most);
 }
 
-// Copy the keys or values of a sequence side by side, each with zeros up to a multiple of 16.
+// Copy the keys or values of a sequence side by side, with zeros up to a multiple of 16 in size and in number.
 inline void copy_rows(const Sequence& sequence, const TokenHeads& from, std::int64_t size, float* to) {
   for (std::int64_t j = 0; j < sequence.keys; ++j) {
     load_head(from, sequence.key_start + j, sequence.head, size, 1.0f, to + j * round_up(size));
   }
+  float* end = to + sequence.blocks * cache_block * round_up(size);
+  for (float* rest = to + sequence.keys * round_up(size); rest < end; ++rest) *rest = 0;
 }
 
 // Copy rows (blocks·16, size up to a multiple of 16) to blocks (size, 16) as the cache has its keys.
 inline void transpose(const Sequence& sequence, const float* from, std::int64_t size, float* to) {
   const std::int64_t stride = round_up(size);
-  for (std::int64_t j = 0; j < sequence.keys; ++j) {
+  for (std::int64_t j = 0; j < sequence.blocks * cache_block; j += 4, from += 4 * stride) {
     float* block = to + j / cache_block * size * cache_block + j % cache_block;
-    for (std::int64_t d = 0; d < size; ++d) block[d * cache_block] = from[j * stride + d];
-  }
-  if (sequence.keys % cache_block == 0) return;
-  float* block = to + (sequence.blocks - 1) * size * cache_block;
-  for (std::int64_t d = 0; d < size; ++d) {
-    for (std::int64_t j = sequence.keys % cache_block; j < cache_block; ++j) block[d * cache_block + j] = 0;
+    std::int64_t d = 0;
+#if defined(__SSE2__)
+    for (; d + 4 <= size; d += 4) {
+      __m128 a = _mm_loadu_ps(from + d), b = _mm_loadu_ps(from + stride + d);
+      __m128 c = _mm_loadu_ps(from + 2 * stride + d), e = _mm_loadu_ps(from + 3 * stride + d);
+      _MM_TRANSPOSE4_PS(a, b, c, e);
+      float* column = block + d * cache_block;
+      _mm_storeu_ps(column, a);
+      _mm_storeu_ps(column + cache_block, b);
+      _mm_storeu_ps(column + 2 * cache_block, c);
+      _mm_storeu_ps(column + 3 * cache_block, e);
+    }
+#endif
+    for (; d < size; ++d) {
+      for (std::int64_t i = 0; i < 4; ++i) block[d * cache_block + i] = from[i * stride + d];
+    }
   }
 }
 
