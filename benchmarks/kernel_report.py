@@ -27,9 +27,9 @@ from fastppo.kernels import (
     paged_attention,
     ppo,
     row_statistics,
+    row_threshold,
     sampling,
     tile_statistics,
-    token_limits,
 )
 
 RESULT = Path(__file__).parent / "results" / "kernel_report.json"
@@ -108,7 +108,7 @@ def _tile(name: str, dtype: str, size: int, **flags: Any) -> Variant:
 def _sample(name: str, logits: str, **flags: Any) -> Variant:
     limits = dict.fromkeys(("HAS_TOP_K", "HAS_TOP_P", "HAS_FORBIDDEN", "HAS_FLAGS"), False)
     sizes = {"HAS_SOFTCAP": False, "ACC": tl.float32, "TILE": sampling.MAX_TILE, "WIDTH": sampling.WIDTH}
-    sizes |= {"CAPACITY": token_limits.MAX_CAPACITY}
+    sizes |= {"CAPACITY": row_threshold.MAX_CAPACITY}
     absent = {} if flags.get("HAS_FORBIDDEN") else dict.fromkeys(("forbidden_ptr", "is_forbidden_ptr"))
     integers = dict.fromkeys(("requests_ptr", "positions_ptr", "forbidden_ptr", "tokens_ptr"), "i64")
     pointers = integers | {"logits_ptr": logits, "is_forbidden_ptr": "i1", "gathered_ptr": "i32", "*": "fp32"}

@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from fastppo.kernels.row_statistics import LAUNCH, accumulate_row, label_logprob
+from fastppo.kernels.row_threshold import MAX_CAPACITY, from_order_key, load_allowed, order_key
 from fastppo.kernels.scaling import accumulator, check_logits, check_rows, scales
-from fastppo.kernels.token_limits import MAX_CAPACITY, find_limits, from_order_key, load_allowed, order_key
+from fastppo.kernels.token_limits import find_limits
 from torch import Tensor
 
 # The cumulative distribution is summed in blocks of this many tokens, of which a program reads 32 at a time.

@@ -25,6 +25,8 @@ VECTORS = {
     "ppo_rows fp32 to bf16": (8, 2),
     "ppo_rows bf16 in place all": (4, 2),
     "ppo_loss fp32": (5, 2),
+    "sample fp32 top-k": (24, 0),
+    "sample bf16 top-p": (14, 0),
 }
 
 
