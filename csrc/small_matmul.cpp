@@ -9,11 +9,13 @@
 #endif
 
 namespace fastppo {
+namespace {
 
-void small_matmul(const SmallMatmul& matmul, int threads) {
+// Rows that are packed at a time, which bounds the memory.
+constexpr std::int64_t most_rows = 512;
+
+void multiply(const SmallMatmul& matmul, void* packed, int threads) {
   const SmallMatmulKernels& kernels = fastppo::kernels().small_matmul;
-  const auto bytes = static_cast<std::size_t>(kernels.packed_bytes(matmul.rows, matmul.inputs, matmul.type));
-  void* packed = thread_scratch(bytes);
 #if defined(_OPENMP)
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
@@ -29,6 +31,21 @@ void small_matmul(const SmallMatmul& matmul, int threads) {
 #endif
   kernels.pack(matmul, packed, 0, 1);
   kernels.part(matmul, packed, 0, 1);
+}
+
+}  // namespace
+
+void small_matmul(const SmallMatmul& matmul, int threads) {
+  SmallMatmul some = matmul;
+  some.rows = matmul.rows < most_rows ? matmul.rows : most_rows;
+  const std::int64_t bytes = kernels().small_matmul.packed_bytes(some.rows, some.inputs, some.type);
+  void* packed = thread_scratch(static_cast<std::size_t>(bytes));
+  for (std::int64_t row = 0; row < matmul.rows; row += most_rows) {
+    some.rows = matmul.rows - row < most_rows ? matmul.rows - row : most_rows;
+    some.x = matmul.x + row * matmul.x_stride;
+    some.out = matmul.out + row * matmul.out_stride;
+    multiply(some, packed, threads);
+  }
 }
 
 }  // namespace fastppo

@@ -8,7 +8,7 @@ from sampling_oracle import ISAS, NATIVE, serving
 from tolerances import close
 
 from fastppo import ops
-from fastppo.ops.matmul import WEIGHT_TYPES
+from fastppo.ops.matmul import WEIGHT_TYPES, row_invariant
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="fastppo was installed without its C++ extension")
 
@@ -145,6 +145,32 @@ def test_no_rows_no_inputs_and_no_outputs(isa):
     assert run(torch.randn(4, 0), torch.randn(3, 0), bias=bias).equal(bias.expand(4, 3))
 
 
+def test_more_rows_than_are_packed_at_a_time(isa):
+    x, weight = torch.randn(1100, 20), torch.randn(13, 20)
+    expected, size = product_in_fp64(x, weight)
+    found = run(x, weight, threads=2)
+    assert ((found.double() - expected).abs() <= 4e-6 * size).all()
+    assert run(x[1050:1090], weight).equal(found[1050:1090])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_a_decode_step_are_fp32_and_the_updates_to_the_last_bit_where_they_must_be(isa, dtype):
+    hidden, weight, bias = (part.to(dtype) for part in (torch.randn(300, 40), torch.randn(50, 40), torch.randn(50)))
+    expected = torch.nn.functional.linear(hidden.double(), weight.double(), bias.double())
+    step = ops.LogitBuffer(weight, bias, 64, needs_gradient=False).fill(hidden[:64])
+    assert step.dtype == torch.float32
+    torch.testing.assert_close(step.double(), expected[:64], **close(torch.float32, 10))
+    with row_invariant():
+        update = ops.LogitBuffer(weight, bias, 300)
+        logits, gradient = update.fill(hidden), update.gradient(300)
+        step = ops.LogitBuffer(weight, bias, 64, needs_gradient=False).fill(hidden[200:207])
+    assert logits.dtype == step.dtype == dtype
+    assert step.equal(logits[200:207])
+    assert gradient.data_ptr() == logits.data_ptr()
+    torch.testing.assert_close(logits.double(), expected, **close(dtype, 10))
+    assert ops.LogitBuffer(weight, bias, 300).fill(hidden).dtype == dtype
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_small_linear_is_a_linear_layer_with_fp32_sums(backend, dtype):
@@ -154,7 +180,9 @@ def test_small_linear_is_a_linear_layer_with_fp32_sums(backend, dtype):
     strided = torch.stack([weight, weight], -1)[..., 1]
     with ops.use_backend(backend):
         torch.testing.assert_close(ops.small_linear(x, weight, bias).double(), expected, **wide)
-        torch.testing.assert_close(ops.small_linear(x.t().contiguous().t(), strided, bias).double(), expected, **wide)
+        for other in (strided, weight.t().contiguous().t()):
+            found = ops.small_linear(x.t().contiguous().t(), other, bias)
+            torch.testing.assert_close(found.double(), expected, **wide)
         assert ops.small_linear(x, weight, bias, out=out) is out
         torch.testing.assert_close(out.double(), expected, **wide)
         # Wider activations are rounded to a bf16 weight's dtype.

@@ -20,8 +20,7 @@ class Sampler:
     def __init__(self, model: Any, requests: Requests, sampling: SamplingConfig, rows: int):
         self.requests, self.sampling = requests, sampling
         self.head = language_head(model)
-        # Computed as the update will compute them, for recorded log-probs to be the update's.
-        self.logits = ops.LogitBuffer(self.head.weight, self.head.bias, rows)
+        self.logits = ops.LogitBuffer(self.head.weight, self.head.bias, rows, needs_gradient=False)
         self.value_head = getattr(model, "v_head", None)
         self.device = causal_lm(model).device
         possible = sorted(end for end in requests.stopping.ids if 0 <= end < len(self.head.weight))

@@ -38,12 +38,12 @@ class _ExactLinear(torch.autograd.Function):
 
 
 def _linear(module: Any, x: Tensor) -> Tensor:
-    result: Tensor = _ExactLinear.apply(x, module.weight, module.bias)  # type: ignore[no-untyped-call]
+    result: Tensor = _ExactLinear.apply(x, module.weight, module.bias)
     return result
 
 
 def _conv1d(module: Any, x: Tensor) -> Tensor:
-    result: Tensor = _ExactLinear.apply(x, module.weight.t(), module.bias)  # type: ignore[no-untyped-call]
+    result: Tensor = _ExactLinear.apply(x, module.weight.t(), module.bias)
     return result
 
 

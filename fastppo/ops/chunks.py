@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastppo.ops.backends import backend
+from fastppo.ops.matmul import FLOAT_TYPES, is_row_invariant, small_linear
 from fastppo.ops.row_types import Reference, Scaling
 
 # Rows of a chunk follow from vocabulary and device alone, so that a result does not depend on how many rows there are.
@@ -60,20 +62,28 @@ class RefHead(NamedTuple):
 class LogitBuffer:
     """Raw logits of up to `rows` rows, always in the same place, which is that of their gradient too if it can be.
 
-    fp32 or wider on CUDA, in the weight's dtype on the CPU.
+    fp32 or wider on CUDA, and by the native backend if there will be no gradient; else in the weight's dtype.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int):
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, *, needs_gradient: bool = True):
         self.weight, self.bias = weight, bias
         is_low = weight.dtype in (torch.float16, torch.bfloat16)
-        # bf16 logits cost 0.02 nats a token, as much as a step of PPO moves. Only CUDA's matmul can widen its result.
-        self.dtype = torch.float32 if is_low and weight.device.type == "cuda" else weight.dtype
+        is_exact, is_native = is_row_invariant(), backend(weight.device) == "native" and weight.dtype in FLOAT_TYPES
+        self._is_ours = is_native and (is_exact or not needs_gradient)
+        # bf16 logits cost 0.02 nats a token, as much as a step of PPO moves. Of torch's matmuls only CUDA's can widen;
+        # and where the logits of a decode step must be the update's to the last bit, they must be bf16 as well.
+        widens = weight.device.type == "cuda" or (self._is_ours and not is_exact)
+        self.dtype = torch.float32 if is_low and widens else weight.dtype
         self.buffer = weight.new_empty(rows, len(weight), dtype=self.dtype)
         self._gradient = self.buffer if self.dtype == weight.dtype else None
 
     def fill(self, hidden: Tensor) -> Tensor:
         """Return the raw logits (C, V) of hidden (C, H)."""
         out, transposed = self.buffer[: len(hidden)], self.weight.t()
+        if self._is_ours:
+            is_wide = self.dtype == torch.float32
+            logits = small_linear(hidden, self.weight, self.bias, out=out if is_wide else None)
+            return logits if is_wide else out.copy_(logits)
         if self.dtype != hidden.dtype:
             torch.mm(hidden, transposed, out_dtype=self.dtype, out=out)
             return out if self.bias is None else out.add_(self.bias)
