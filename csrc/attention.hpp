@@ -67,7 +67,7 @@ struct BackwardHeads {
   TokenHeads queries, keys, values, out, d_out, d_queries, d_keys, d_values;
 };
 
-// What every build of attention.inc.hpp and attention_training.inc.hpp offers.
+// What every build of attention.inc.hpp, attention_training.inc.hpp and attention_backward.inc.hpp offers.
 struct AttentionKernels {
   // Each does the part of thread `thread` of `num_threads`, for callers that are in a parallel region: writes must be
   // done (a barrier) before any thread attends. Keys (rows, kv_heads, head_size), values (rows, kv_heads, value_size).

@@ -58,7 +58,8 @@ void forward(const RaggedRows& rows, const AttentionShape& shape, const std::arr
   fastppo::kernels().attention.forward(rows, shape, q, k, v, out, at<float>(log_sums));
 }
 
-void backward(const RaggedRows& rows, const AttentionShape& shape, const std::array<Heads, 8>& heads, Address log_sums) {
+void backward(const RaggedRows& rows, const AttentionShape& shape, const std::array<Heads, 8>& heads,
+              Address log_sums) {
   const fastppo::BackwardHeads parts = {heads_of(heads[0]), heads_of(heads[1]), heads_of(heads[2]),
                                         heads_of(heads[3]), heads_of(heads[4]), heads_of(heads[5]),
                                         heads_of(heads[6]), heads_of(heads[7])};

@@ -1,5 +1,5 @@
 // setup.py compiles this file for the instruction set in its name.
-#include "attention_training.inc.hpp"
+#include "attention_backward.inc.hpp"
 #include "decode_operations.inc.hpp"
 #include "fused_rows.inc.hpp"
 #include "head_rows.inc.hpp"

@@ -315,4 +315,20 @@ MUTATIONS = [
         "  equal = found.equal;\n",
         SAMPLING,
     ),
+    Mutation(
+        "sequences whose blocks only touch share a step (C++)",
+        "our own first form: 0 times the NaN of another sequence's slots",
+        "csrc/attention.inc.hpp",
+        "(lo < run->hi && hi > run->lo)",
+        "(lo <= run->hi && hi >= run->lo)",
+        ("tests/test_attention_ops.py",),
+    ),
+    Mutation(
+        "soft cap of attention missing from its gradient (C++)",
+        "our own first form: the derivative of tanh without the cap",
+        "csrc/attention_tile.inc.hpp",
+        "    *slopes = *slopes * Vec::of(how.softcap);\n",
+        "",
+        ("tests/test_attention_ops.py",),
+    ),
 ]

@@ -136,10 +136,8 @@ def _check_paged(part: Tensor, pool: Pool, sequences: Tensor, positions: Tensor,
         )
     if tables.dtype != torch.int32 or tables.dim() != 2 or tables.stride(1) != 1:
         raise ValueError(f"tables are {tables.dtype} {tuple(tables.shape)}, expected int32 (sequences, max_blocks)")
-    for name, numbers, limit in (
-        ("sequences", sequences, len(tables)),
-        ("positions", positions, BLOCK * tables.shape[1]),
-    ):
+    checks = ("sequences", sequences, len(tables)), ("positions", positions, BLOCK * tables.shape[1])
+    for name, numbers, limit in checks:
         if numbers.shape != part.shape[:1]:
             raise ValueError(f"{name} has shape {tuple(numbers.shape)}, expected {tuple(part.shape[:1])}: one a token")
         if part.device.type == "cpu" and len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < limit:
@@ -150,13 +148,8 @@ def _segments(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, key_offsets: Tensor | None, causal: bool, shape: AttentionShape
 ) -> Segments:
     """Return the checked segments; raise ValueError."""
-    if (
-        q.dim() != 3
-        or k.dim() != 3
-        or k.shape[:2] != v.shape[:2]
-        or q.shape[2] != k.shape[2]
-        or q.shape[1] % k.shape[1]
-    ):
+    is_right = q.dim() == k.dim() == v.dim() == 3 and k.shape[:2] == v.shape[:2] and q.shape[2] == k.shape[2]
+    if not is_right or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} are not (T, H, D), (S, Hkv, D) and "
             "(S, Hkv, Dv) with H a multiple of Hkv"
