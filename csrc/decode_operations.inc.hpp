@@ -71,17 +71,14 @@ inline void add(const AddOperation& op, std::int64_t width, const DecodeRow& row
   for (std::int64_t i = 0; i < width; ++i) to[i] += op.scale * from[i];
 }
 
-inline void turn_head(const float* x, const float* cosines, const float* sines, std::int64_t width,
-                      bool is_interleaved, float* out) {
-  const std::int64_t half = width / 2;
-  for (std::int64_t i = 0; i < half && !is_interleaved; ++i) {
-    out[i] = x[i] * cosines[i] - x[half + i] * sines[i];
-    out[half + i] = x[half + i] * cosines[half + i] + x[i] * sines[half + i];
-  }
-  for (std::int64_t i = 0; i < width && is_interleaved; i += 2) {
+// Turns (0, 1), (2, 3), ... of the first `width` numbers, and copies the rest.
+inline void rotate_pairs(const float* x, const float* cosines, const float* sines, std::int64_t width,
+                         std::int64_t size, float* out) {
+  for (std::int64_t i = 0; i < width; i += 2) {
     out[i] = x[i] * cosines[i] - x[i + 1] * sines[i];
     out[i + 1] = x[i + 1] * cosines[i + 1] + x[i] * sines[i + 1];
   }
+  for (std::int64_t i = width; i < size; ++i) out[i] = x[i];
 }
 
 inline void rotate(const RotateOperation& op, std::int64_t width, const DecodeRow& row) {
@@ -89,11 +86,15 @@ inline void rotate(const RotateOperation& op, std::int64_t width, const DecodeRo
   float* to = row.at(op.to);
   const RopeTable rope = op.rope < 0 ? RopeTable{nullptr, nullptr, 0} : row.step.ropes[op.rope];
   const std::int64_t first = row.step.positions[row.row] * rope.width;
+  const float *cosines = rope.cosines + first, *sines = rope.sines + first;
+  Rotation rotation = {};
+  rotation.rotary = rope.width;
+  rotation.size = width;
   for (std::int64_t h = 0; h < op.heads; ++h) {
     const float* head = from + op.columns[h];
     float* out = to + h * width;
-    turn_head(head, rope.cosines + first, rope.sines + first, rope.width, op.is_interleaved, out);
-    for (std::int64_t i = rope.width; i < width; ++i) out[i] = head[i];
+    op.is_interleaved ? rotate_pairs(head, cosines, sines, rope.width, width, out)
+                      : fused::rotate_head(rotation, head, cosines, sines, out);
   }
 }
 

@@ -202,6 +202,8 @@ def test_bad_input_is_named():
         run.step([(0, 0, torch.tensor([97]))])
     with pytest.raises(ValueError, match="position 130 is past the 128"):
         run.step([(0, 130, torch.tensor([5]))])
+    with pytest.raises(ValueError, match="position 120 is past the 112"):
+        Staggered(program, 1, 100, torch.float32).step([(0, 120, torch.tensor([5]))])
     run.pools[0] = run.pools[0][::-1]
     with pytest.raises(ValueError, match="a layer's cache is"):
         run.step([(0, 0, torch.tensor([5]))])

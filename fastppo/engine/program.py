@@ -77,28 +77,19 @@ class Program:
             tables: for each of `windows` int32 (sequences, max_blocks) block numbers.
             pools: for each layer keys (blocks, kv_heads, head_size, 16) and values (blocks, kv_heads, 16, value_size).
         """
-        count, listing = len(input_ids), self._listing
-        if count == 0:
+        if len(input_ids) == 0:
             return torch.empty(0, self.hidden_size)
         positions, sequences = positions.to(torch.int32), sequences.to(torch.int32)
         self._check(input_ids, positions, tables, pools)
-        longest = int(positions.max()) + 1
-        angles = [rope.up_to(longest) for rope in self._ropes]
         rows = [part.contiguous() for part in (input_ids, positions, sequences)]
-        out = torch.empty(count, self.hidden_size)
-        listing.native.run(
-            (count, *(part.data_ptr() for part in rows)),
+        angles = [rope.up_to(int(positions.max()) + 1) for rope in self._ropes]
+        out = torch.empty(len(input_ids), self.hidden_size)
+        self._listing.native.run(
+            (len(input_ids), *(part.data_ptr() for part in rows)),
             [(table.data_ptr(), table.stride(0)) for table in tables],
             [
-                (
-                    keys.data_ptr(),
-                    values.data_ptr(),
-                    keys.dtype is torch.bfloat16,
-                    s.kv_heads,
-                    s.head_size,
-                    s.value_size,
-                )
-                for (keys, values), s in zip(pools, self.layers, strict=True)
+                (k.data_ptr(), v.data_ptr(), k.dtype is torch.bfloat16, s.kv_heads, s.head_size, s.value_size)
+                for (k, v), s in zip(pools, self.layers, strict=True)
             ],
             [(cosines.data_ptr(), sines.data_ptr(), cosines.shape[1]) for cosines, sines in angles],
             out.data_ptr(),
@@ -121,12 +112,16 @@ class Program:
             raise ValueError(f"position {last} is past the {limit} that the model has learned: generate shorter texts")
         if len(tables) != len(self.windows) or any(table.dtype is not torch.int32 for table in tables):
             raise ValueError(f"{len(tables)} block tables, expected {len(self.windows)} of int32, one for each window")
+        room = min(table.shape[1] for table in tables) * BLOCK
+        if last >= room:
+            raise ValueError(f"position {last} is past the {room} that the block tables have room for: enlarge them")
         for (keys, values), shape in zip(pools, self.layers, strict=True):
             sizes = (shape.kv_heads, shape.head_size, BLOCK), (shape.kv_heads, BLOCK, shape.value_size)
-            if (keys.shape[1:], values.shape[1:]) != sizes or not keys.is_contiguous() or not values.is_contiguous():
+            is_dense = keys.is_contiguous() and values.is_contiguous() and keys.dtype in (torch.float32, torch.bfloat16)
+            if (keys.shape[1:], values.shape[1:]) != sizes or not is_dense or keys.dtype != values.dtype:
                 raise ValueError(
-                    f"a layer's cache is {tuple(keys.shape)} and {tuple(values.shape)}, expected contiguous blocks of "
-                    f"{sizes[0]} and {sizes[1]}"
+                    f"a layer's cache is {keys.dtype} {tuple(keys.shape)} and {values.dtype} {tuple(values.shape)}, "
+                    f"expected contiguous fp32 or bf16 blocks of {sizes[0]} and {sizes[1]}"
                 )
 
 
