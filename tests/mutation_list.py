@@ -23,6 +23,7 @@ TRAINER = ("tests/test_ppo.py", "tests/test_defects_update.py", "tests/test_trl_
 STATISTICS_H, HEAD_H = "csrc/row_statistics.inc.hpp", "csrc/head_rows.inc.hpp"
 SAMPLING = ("tests/test_sampling.py", "tests/test_sampling_limits.py")
 SAMPLING_H = "csrc/sampling.inc.hpp"
+SCHEDULE, PAGED = ("tests/test_schedule.py",), ("tests/test_paged_engine.py",)
 
 MUTATIONS = [
     Mutation(
@@ -330,5 +331,27 @@ MUTATIONS = [
         "    *slopes = *slopes * Vec::of(how.softcap);\n",
         "",
         ("tests/test_attention_ops.py",),
+        "keys of old weights are read on",
+        "transformers' continuous batching: a prefix cache that outlives an update",
+        "fastppo/engine/engine.py",
+        "if version != cache.version:",
+        "if False:",
+        PAGED,
+    ),
+    Mutation(
+        "forks write to a block that they share",
+        "a copy on write that does not copy",
+        "fastppo/engine/blocks.py",
+        "is_partial = held.length % BLOCK > 0",
+        "is_partial = False",
+        SCHEDULE,
+    ),
+    Mutation(
+        "a window forgets a token too early",
+        "off by one",
+        "fastppo/engine/blocks.py",
+        "hidden = max(0, held.length - window + 1)",
+        "hidden = max(0, held.length - window + 2)",
+        SCHEDULE,
     ),
 ]

@@ -46,6 +46,8 @@ class Simulation:
             self.over.add(job.index)
             scheduler.leave(job)
         plan = scheduler.plan()
+        for pool, slots in zip(self.ledger.pools, self.slots, strict=True):
+            slots[pool._free] = None  # what was given back is gone
         assert len(scheduler.rows) <= scheduler.max_rows
         assert sum(chunk.stop - chunk.start for chunk in plan.chunks) <= scheduler.prefill_tokens
         for job in plan.decode:
