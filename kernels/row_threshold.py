@@ -1,9 +1,10 @@
 """The logit of a row from which up k tokens lie, or a mass of p: found exactly, without a sort.
 
 A sample of the row tells between which two logits the threshold lies. One pass over the row verifies that and gathers
-the few logits between them, in which it is found by bisection, in registers. A guess that fails, or a bracket that
-holds more than can be gathered, costs further passes, each with the bracket that the one before has left. Nothing of
-size V is written, and nothing at all for a row that fits into registers.
+the few logits between them, in which it is found by bisection, in registers. A guess that fails costs further passes,
+each with the bracket that the one before has left. Of a bracket that holds more than can be gathered a part is, spread
+evenly, which is the sample for the next guess. Nothing of size V is written, and nothing at all for a row that fits
+into registers.
 
 Logits are compared as integers of their order (order_key). A row is the tuple (pointer, vocabulary, inner, outer,
 forbidden_ptr, num_forbidden).
@@ -68,6 +69,7 @@ def gather(
     gathered_ptr,
     low,
     high,
+    shift,
     largest,
     IS_MASS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -76,7 +78,7 @@ def gather(
     TILE: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
-    """Write the keys from low to below high in the order of their columns, the first CAPACITY of them.
+    """Write the keys from low to below high in the order of their columns, one of each 2^shift, CAPACITY at most.
 
     Return (number, measure) of these keys, and (measure, mass) of those from high up.
     """
@@ -91,8 +93,10 @@ def gather(
         other += tl.where(is_inside, weight, 0.0) if IS_MASS else tl.where(is_above, 1.0, 0.0).to(ACC)
         here = tl.sum(is_inside.to(tl.int32), axis=0)
         if here > 0:
-            position = number + tl.cumsum(is_inside.to(tl.int32), axis=0) - 1
-            tl.store(gathered_ptr + position, key, mask=is_inside & (position < CAPACITY))
+            rank = number + tl.cumsum(is_inside.to(tl.int32), axis=0) - 1
+            position = rank >> shift
+            is_kept = is_inside & (position << shift == rank) & (position < CAPACITY)
+            tl.store(gathered_ptr + position, key, mask=is_kept)
         number += here
     mass, sum_of_other = tl.sum(mass_above, axis=0), tl.sum(other, axis=0)
     if IS_MASS:
@@ -123,10 +127,11 @@ def search(keys, weights, low, high, needed, deviation, spare, largest, IS_MASS:
 def guess(
     keys, weights, low, high, needed, tail, share, largest, attempt, IS_MASS: tl.constexpr, CAPACITY: tl.constexpr
 ):
-    """Return the bracket within [low, high) where the threshold probably lies, by a sample of this share.
+    """Return (first, end, shift): the bracket within [low, high) where the threshold probably lies, by a sample.
 
-    As many tokens as `needed` are above it, or the mass `tail` below: of that a sample shows the many small parts well;
-    the few large ones it misses. Where the sample does not help, its median decides.
+    As many tokens as `needed` are above it, or the mass `tail` below: of that a sample of this share shows the many
+    small parts well; the few large ones it misses. Where the sample does not help, its median decides. There will be
+    room for one of each 2^shift of the logits in the bracket.
     """
     goal, variance = needed * share, tail * share
     if IS_MASS:
@@ -137,7 +142,13 @@ def guess(
     deviation = MARGIN * tl.sqrt(tl.maximum(variance, 0.0))
     # The tokens of a group may be alike: the frequent ones often have the lowest ids.
     first = search(keys, weights, low, high, goal, deviation, GROUP, largest, IS_MASS)
-    end = search(keys, weights, low, high, goal, -deviation, -GROUP, largest, IS_MASS) + 1
+    # Upwards the margin must not grow, or the largest logit would always be within it: it is that at the middle.
+    margin = deviation + GROUP
+    if IS_MASS:
+        middle = search(keys, weights, low, high, goal, 0.0, 0.0, largest, IS_MASS)
+        weight = tl.exp(from_order_key(middle) - largest)
+        margin = deviation * tl.sqrt(weight) + GROUP * weight
+    end = search(keys, weights, low, high, goal - margin, 0.0, 0.0, largest, IS_MASS) + 1
     if not IS_MASS:
         # All that top-k leaves is gathered where there is room for it, so that top-p finds it there.
         end = tl.where(needed <= CAPACITY // 2, high, end)
@@ -145,7 +156,9 @@ def guess(
         ones = ((keys >= low) & (keys < high)).to(weights.dtype)
         median = search(keys, ones, low, high, 0.5 * tl.sum(ones, axis=0), 0.0, 0.0, largest, False)
         first, end = tl.maximum(median, low + 1), high
-    return first, end
+    number = tl.sum(((keys >= first) & (keys < end)).to(weights.dtype), axis=0) / share
+    shift = tl.maximum(tl.ceil(tl.log2(number / CAPACITY)), 0.0).to(tl.int32)
+    return first, end, shift
 
 
 @triton.jit
@@ -175,7 +188,8 @@ def find_threshold(
     # The threshold is in [low, high); [first, end) is where it is sought.
     top = order_key(largest) + 1
     high, first, end = top, low, top
-    mass, ties, attempt, is_found = tl.zeros((), ACC), tl.zeros((), tl.int32), 0, False
+    mass, ties, shift = tl.zeros((), ACC), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+    attempt, is_found = 0, False
     number, inside = tl.where(num_gathered > 0, num_gathered, row[1]), total
     above, mass_above = tl.zeros((), ACC), tl.zeros((), ACC)
     if num_gathered > 0:
@@ -188,19 +202,19 @@ def find_threshold(
             # What some threads write others read, before it is overwritten.
             tl.debug_barrier()
             number, inside, above, mass_above = gather(
-                row, gathered_ptr, first, end, largest, IS_MASS, HAS_SOFTCAP, HAS_FORBIDDEN, ACC, TILE, CAPACITY
+                row, gathered_ptr, first, end, shift, largest, IS_MASS, HAS_SOFTCAP, HAS_FORBIDDEN, ACC, TILE, CAPACITY
             )
             tl.debug_barrier()
-            keys = tl.load(gathered_ptr + at, mask=at < number, other=filler)
+            keys = tl.load(gathered_ptr + at, mask=at < tl.cdiv(number, 1 << shift), other=filler)
         if (above >= needed) & (end < high):
-            low, first, end = end, end, high
+            low, first, end, shift = end, end, high, 0
         elif (above + inside < needed) & (first > low):
-            high, first, end = first, low, first
+            high, first, end, shift = first, low, first, 0
         else:
             low, high = first, end
             weights = tl.exp(from_order_key(keys) - largest) if IS_MASS else tl.full((CAPACITY,), 1.0, ACC)
             weights = tl.where(keys > filler, weights, 0.0)
-            if number <= CAPACITY:
+            if (number <= CAPACITY) & (shift == 0):
                 low = search(keys, weights, low, high, needed - above, 0.0, 0.0, largest, IS_MASS)
                 ties = tl.sum((keys == low).to(tl.int32), axis=0)
                 num_gathered = tl.where((attempt > 0) & (high == top), number, 0)
@@ -208,8 +222,9 @@ def find_threshold(
             elif low + 1 >= high:
                 ties, num_gathered, is_found = number, 0, True
             else:
-                tail, share = above + inside - needed, CAPACITY / number
-                first, end = guess(
+                tail = above + inside - needed
+                share = tl.minimum(tl.cdiv(number, 1 << shift), CAPACITY) / number
+                first, end, shift = guess(
                     keys, weights, low, high, needed - above, tail, share, largest, attempt, IS_MASS, CAPACITY
                 )
             if is_found:
