@@ -33,6 +33,7 @@ class LayerShape:
     head_size: int
     value_size: int
     window: int | None
+    features: tuple[str, ...] = ()  # what else changes its scores
 
     def pool(self, blocks: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return uninitialised keys and values in `like`'s dtype, laid out as `ops.attention.paged_write` says."""
@@ -118,7 +119,10 @@ def attend(
     }
     if isinstance(context, Packed):
         if context.seen is not None:
-            context.seen[module.layer_idx] = LayerShape(k.shape[1], k.shape[2], v.shape[2], sliding_window)
+            features = {"soft cap": softcap, "sinks": s_aux is not None}
+            sizes = k.shape[1], k.shape[2], v.shape[2]
+            used = tuple(name for name, value in features.items() if value)
+            context.seen[module.layer_idx] = LayerShape(*sizes, sliding_window, used)
         return ragged_attention(q, k, v, context.offsets, **shape)[None], None
     cache = context.layers[module.layer_idx]
     where = context.sequences, context.positions, cache.tables

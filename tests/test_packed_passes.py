@@ -9,7 +9,7 @@ from fastppo.models import attach, passes
 
 @pytest.fixture
 def packing(monkeypatch):
-    """Let models pack where the reference serves attention, too."""
+    """Let models pack where the reference serves attention, too; return the sizes of the rows."""
     monkeypatch.setattr(passes, "has_kernels", lambda device: True)
     rows = []
     forward = attach.packed_hidden
@@ -30,13 +30,14 @@ def stepped(kind="llama", adapter=False, checkpointing=None, **settings):
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("adapter", [False, True])
-def test_a_step_on_packed_rows_is_that_on_padded_ones(request, kind, adapter):
+def test_a_step_on_packed_rows_is_that_on_padded_ones(packing, monkeypatch, kind, adapter):
     settings = {"kind": kind, "adapter": adapter, "mini_batch_size": 2, "kl_penalty": "full"}
-    stats, weights = stepped(**settings)
-    rows = request.getfixturevalue("packing")
     packed_stats, packed_weights = stepped(**settings)
-    assert rows
-    assert max(rows) == 2  # the micro-batch bounds a row, and with it the memory
+    assert max(packing) == 2  # the micro-batch bounds a row, and with it the memory
+    packing.clear()
+    monkeypatch.setattr(passes, "has_kernels", lambda device: False)
+    stats, weights = stepped(**settings)
+    assert not packing
     assert tiny.distance(weights, packed_weights) < 1e-4
     for name, value in stats.items():
         if "time" not in name:
@@ -69,7 +70,7 @@ def test_the_model_is_itself_again_after_a_step(packing):
     assert not attach.is_attached(model)
 
 
-def test_a_model_that_padding_harms_is_not_trained(monkeypatch):
+def test_a_model_that_padding_harms_is_not_trained():
     model = tiny.policy("gpt2")
     # A stand-in for a model that looks at what comes later: each hidden state is moved by the last one of the row.
     model.pretrained_model.transformer.ln_f.register_forward_hook(lambda _, __, output: output + output[:, -1:])

@@ -15,6 +15,7 @@ _USAGE = """usage: fastppo COMMAND [--flag VALUE ...] [--traceback]
 
   ppo        improve a language model with a reward
   generate   talk to a model
+  inspect    show how a model will be run, and why
   demo       make a small model from nothing and improve it, without a download
   convert    import a TRL checkpoint whose value head is a pickle
   env        versions and machine, for a bug report
@@ -74,6 +75,12 @@ def _generate(arguments: list[str]) -> int:
     return generate(arguments)
 
 
+def _inspect(arguments: list[str]) -> int:
+    from fastppo.cli.inspect import inspect
+
+    return inspect(arguments)
+
+
 def _demo(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("fastppo demo", description="Make a small model from nothing and improve it.")
     parser.add_argument("--output_dir", default="runs/demo", help="folder for everything that the demo makes")
@@ -110,6 +117,7 @@ def _env(arguments: list[str]) -> int:
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "ppo": _ppo,
     "generate": _generate,
+    "inspect": _inspect,
     "demo": _demo,
     "convert": _convert,
     "env": _env,

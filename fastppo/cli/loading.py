@@ -20,16 +20,17 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    _check_directory(name, "check model_name_or_path")
+    check_directory(name, "check model_name_or_path")
     adapter = Path(name, "adapter_config.json")
     if adapter.is_file() and not Path(name, "tokenizer_config.json").is_file():
         base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        _check_directory(base, f"it is the base model of the adapter in {name}")
+        check_directory(base, f"it is the base model of the adapter in {name}")
         name = base
     return AutoTokenizer.from_pretrained(name)
 
 
-def _check_directory(name: str, remedy: str) -> None:
+def check_directory(name: str, remedy: str) -> None:
+    """Raise ValueError, with the remedy, for a name that can only be a directory and is none."""
     is_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
     if is_path and not Path(name).is_dir():
         raise ValueError(f"there is no directory {name} (in {Path.cwd()}); {remedy}")

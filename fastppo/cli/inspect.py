@@ -1,0 +1,111 @@
+"""`fastppo inspect`: what fastppo makes of a model, and why."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from fastppo.cli.arguments import parse_dataclasses
+from fastppo.cli.loading import check_directory
+
+_TIERS = {
+    "A": "paged cache on fastppo's attention",
+    "B": "left-padded cache on the model's own attention",
+    "C": "a slot for the states of each sequence",
+    "D": "no cache: whole sequences anew at every token",
+}
+
+
+@dataclass
+class InspectArguments:
+    """What `fastppo inspect` needs."""
+
+    model_name_or_path: str
+    """Directory or hub name of a language model or of an adapter."""
+    config: str | None = None
+    """YAML file of flags; those on the command line override it."""
+
+
+def inspect(arguments: list[str]) -> int:
+    """Run `fastppo inspect` with these arguments; return the exit code."""
+    (options,) = parse_dataclasses("fastppo inspect", (InspectArguments,), arguments)
+    check_directory(options.model_name_or_path, "check model_name_or_path")
+    from transformers.utils import logging as transformers_logging
+
+    from fastppo.models.loading import load_base
+
+    # The probe runs the model in ways that it warns of; what comes of them is in the table.
+    transformers_logging.set_verbosity(logging.ERROR)
+    rows = describe(load_base(options.model_name_or_path).model)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:{width}}  {value}".rstrip())
+    return 0
+
+
+def describe(model: Any) -> list[tuple[str, str]]:
+    """Return names and values of what is known of a model, a probe by short random sequences included."""
+    from fastppo.engine.prompts import context_length
+    from fastppo.models.network import causal_lm
+
+    inner = causal_lm(model)
+    parameters = list(model.parameters())
+    context = context_length(model)
+    rows = [
+        ("model type", f"{inner.config.model_type} ({type(inner).__name__})"),
+        ("parameters", f"{sum(p.numel() for p in parameters):,}, {str(inner.dtype).removeprefix('torch.')}"),
+        ("of these trained", f"{sum(p.numel() for p in parameters if p.requires_grad):,}"),
+        ("context length", "no limit" if context is None else f"{context:,} tokens"),
+    ]
+    return rows + _layouts(model) + _features(model) + _parts(model)
+
+
+def _layouts(model: Any) -> list[tuple[str, str]]:
+    from fastppo.engine.tiers import capabilities
+    from fastppo.models import probe
+
+    found = capabilities(model)
+    rows = [
+        ("generation", f"tier {found.tier}: {_TIERS[found.tier]}"),
+        ("log-probs", f"within {found.verdict.error:.2g} of the model's own; the bound is {found.verdict.bound:.2g}"),
+        *((f"not tier {tier}", reason) for tier, reason in found.refused.items()),
+    ]
+    packed, padded = probe.packed(model), probe.padded(model)
+    kind = "packed" if packed else "padded on the right" if padded else f"not possible: {padded.reason}"
+    return [*rows, ("training", kind)]
+
+
+def _features(model: Any) -> list[tuple[str, str]]:
+    """Describe the attention: windows, caps, sinks, rope, and what a token costs in the cache."""
+    from fastppo.models import probe
+    from fastppo.models.attach import batch_dependent_rotaries
+    from fastppo.models.network import causal_lm
+
+    inner = causal_lm(model)
+    pinned = sorted({str(rotary.rope_type) for rotary in batch_dependent_rotaries(model)})
+    rows = [("rope pinned", ", ".join(pinned))] if pinned else []
+    if not probe.packed(model):
+        return rows
+    layers = probe.layer_shapes(model)
+    windows = Counter("everything" if shape.window is None else f"{shape.window} tokens" for shape in layers.values())
+    size = sum(shape.kv_heads * (shape.head_size + shape.value_size) for shape in layers.values())
+    features = sorted({name for shape in layers.values() for name in shape.features})
+    rows.append(("attention layers", ", ".join(f"{count} that see {window}" for window, count in windows.items())))
+    rows += [("with", ", ".join(features))] if features else []
+    return [*rows, ("cache", f"{size * inner.dtype.itemsize:,} bytes a token")]
+
+
+def _parts(model: Any) -> list[tuple[str, str]]:
+    """Describe what runs as C++ or as a fused operation."""
+    from fastppo.models import fusions
+    from fastppo.models.network import verify_head
+
+    found = Counter(fusion.kind for fusion in fusions.find(model))
+    rows = [("fused", ", ".join(f"{count} {kind}" for kind, count in found.items()) or "nothing")]
+    try:
+        verify_head(model)
+    except NotImplementedError as error:
+        rows.append(("head", str(error)))
+    return rows
