@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from fastppo.engine.paged import PagedDecoder
 from fastppo.engine.requests import Requests
 from fastppo.engine.windowed import WindowDecoder
+from fastppo.models.exact import exact_linears
 from fastppo.models.network import evaluating, weight_version
 from fastppo.types import Rollout
 
@@ -25,14 +27,17 @@ class Call:
         decoder: PagedDecoder | WindowDecoder,
         temperature: float,
         on_close: Callable[[], None],
+        is_exact: bool = False,
     ):
+        self.is_exact = is_exact
         self.model, self.requests, self.decoder, self.temperature = model, requests, decoder, temperature
         self.is_open, self._on_close = True, on_close
 
     def run(self, steps: int | None = None) -> None:
         """Run so many steps, or all; the model is as it was afterwards, and nothing stays allocated if one fails."""
         try:
-            with torch.no_grad(), evaluating(self.model), self.decoder.ready():
+            exactness = exact_linears(self.model) if self.is_exact else nullcontext()
+            with torch.no_grad(), evaluating(self.model), exactness, self.decoder.ready():
                 while self.is_open and steps != 0:
                     is_going_on = self.decoder.step()
                     steps = None if steps is None else steps - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fastppo.engine.stopping import Stopping, end_ids
 from fastppo.engine.tiers import slower_decoder
 from fastppo.engine.windowed import WindowDecoder
 from fastppo.models import probe
+from fastppo.models.exact import NOT_EXACT, exact_linears
 from fastppo.models.network import causal_lm, weight_version
 from fastppo.ops.attention import has_paged_kernels
 from fastppo.types import Rollout
@@ -36,6 +38,8 @@ class Engine:
         seed: of the random numbers; each is a function of the seed, the request's number and the token's position.
         kv_memory: bytes that keys and values may take during a call; None for a quarter of the free memory.
         prefill_tokens: prompt tokens in a forward pass, at most; longer prompts are cut into chunks.
+        consistency: "bounded", as fast as it goes, or "exact": recorded log-probs are those that the update computes,
+            to the last bit; on the CPU.
     """
 
     def __init__(
@@ -47,7 +51,11 @@ class Engine:
         seed: int = 0,
         kv_memory: int | None = None,
         prefill_tokens: int = 2048,
+        consistency: str = "bounded",
     ):
+        if consistency not in ("bounded", "exact"):
+            raise ValueError(f"consistency must be 'bounded' or 'exact', got {consistency!r}")
+        self.is_exact = consistency == "exact"
         for name, value in (("max_rows", max_rows), ("kv_memory", kv_memory), ("prefill_tokens", prefill_tokens)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -209,16 +217,20 @@ class Engine:
         seed = self.seed if sampling.seed is None else sampling.seed
         stopping = Stopping(sampling, end_ids(inner, self.tokenizer), self.tokenizer)
         requests = Requests(ids, limits, seed, places, stopping)
-        decoder = self._decoder(requests, Sampler(self.model, requests, sampling, min(len(ids), self.max_rows)), keep)
+        with exact_linears(self.model) if self.is_exact else nullcontext():
+            sampler = Sampler(self.model, requests, sampling, min(len(ids), self.max_rows))
+            decoder = self._decoder(requests, sampler, keep)
         self.num_requests = first
         temperature = sampling.temperature if sampling.do_sample else 1.0
-        self._call = Call(self.model, requests, decoder, temperature, self._finish)
+        self._call = Call(self.model, requests, decoder, temperature, self._finish, self.is_exact)
         return self._call
 
     def _decoder(self, requests: Requests, sampler: Sampler, keep: bool) -> PagedDecoder | WindowDecoder:
         """Return the fastest decoder that is right for the model."""
         inner = causal_lm(self.model)
         if not has_paged_kernels(inner.device) or not probe.paged(self.model):
+            if self.is_exact:
+                raise NotImplementedError(f"{type(inner).__name__} cannot be decoded row by row: {NOT_EXACT}")
             return slower_decoder(self.model)(self.model, requests, sampler, self.max_rows)
         like = inner.get_input_embeddings().weight
         cache = self._cache
@@ -243,6 +255,8 @@ class Engine:
 
     def _program_step(self, cache: PagedCache) -> ProgramStep | None:
         """Return the model's C++ program, if it has one, with the weights and adapters of this moment."""
+        if self.is_exact:  # it rounds less than the modules that the update runs
+            return None
         if cache is not self._built_for:
             self._built_for, self._program = cache, program_step(self.model, cache)
         return self._program if self._program is not None and self._program.refresh() else None

@@ -12,6 +12,9 @@ from fastppo import ops
 from fastppo.config import SamplingConfig
 from fastppo.engine.requests import Draw, Requests
 from fastppo.models.network import causal_lm, language_head
+from fastppo.ops.matmul import is_row_invariant
+from fastppo.ops.row_types import Scaling
+from fastppo.ops.rows import statistics
 
 
 class Sampler:
@@ -20,6 +23,8 @@ class Sampler:
     def __init__(self, model: Any, requests: Requests, sampling: SamplingConfig, rows: int):
         self.requests, self.sampling = requests, sampling
         self.head = language_head(model)
+        # The sampler sums a row in another order than the update's statistics do.
+        self.is_exact = is_row_invariant()
         self.logits = ops.LogitBuffer(self.head.weight, self.head.bias, rows, needs_gradient=False)
         self.value_head = getattr(model, "v_head", None)
         self.device = causal_lm(model).device
@@ -29,12 +34,14 @@ class Sampler:
     def draw(self, hidden: Tensor, requests: Sequence[int]) -> Draw:
         """Draw the next token of these requests from their last hidden states (N, H)."""
         sampling, head = self.sampling, self.head
+        temperature = sampling.temperature if sampling.do_sample else 1.0
         hidden = hidden.to(head.weight.dtype)
+        logits = self.logits.fill(hidden)
         result = ops.sample_tokens(
-            self.logits.fill(hidden),
+            logits,
             self.requests.seed,
             *self.requests.next_places(requests),
-            temperature=sampling.temperature if sampling.do_sample else 1.0,
+            temperature=temperature,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
             top_k=sampling.top_k,
@@ -42,6 +49,10 @@ class Sampler:
             greedy=not sampling.do_sample,
             **self._forbidden(requests),
         )
+        if self.is_exact:
+            scaling = Scaling(temperature, head.softcap, head.logit_scale)
+            stats = statistics(logits, result[0], scaling)
+            result = (result[0], stats.logprobs, stats.entropies, result[3])
         return Draw(*result, None if self.value_head is None else self.value_head(hidden).squeeze(-1))
 
     def _forbidden(self, requests: Sequence[int]) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from fastppo import ops
 from fastppo.ops.matmul import row_invariant, small_linear
 
+NOT_EXACT = "its samples cannot be packed here (see fastppo inspect); use consistency='bounded'"
+
 
 class _ExactLinear(torch.autograd.Function):
     """x Wᵀ + b by `small_linear`; weight (N, K)."""
@@ -49,7 +51,7 @@ def _conv1d(module: Any, x: Tensor) -> Tensor:
 
 @contextmanager
 def exact_linears(model: nn.Module) -> Iterator[None]:
-    """Compute linear layers and the head row by row inside.
+    """Compute linear layers and the head row by row inside; a nested use changes nothing.
 
     Raises NotImplementedError where that cannot be: without the C++ extension, on a GPU, with quantised weights.
     """
@@ -64,7 +66,7 @@ def exact_linears(model: nn.Module) -> Iterator[None]:
     replaced = []
     for name, module in model.named_modules():
         kind = type(module)
-        if kind in (nn.Linear, Conv1D) and "v_head" not in name:
+        if kind in (nn.Linear, Conv1D) and "v_head" not in name and "forward" not in vars(module):
             replaced.append(module)
             module.forward = partial(_linear if kind is nn.Linear else _conv1d, module)
         elif isinstance(module, nn.Linear) and kind.__module__.startswith("bitsandbytes"):

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from fastppo.models import probe
 from fastppo.models.attach import attached, is_attached, packed_hidden, pinned_rope
+from fastppo.models.exact import NOT_EXACT, exact_linears
 from fastppo.models.network import causal_lm, last_hidden
 from fastppo.ops.attention import has_kernels
+from fastppo.ops.matmul import is_row_invariant
 from fastppo.types import Samples, offsets_of
 
 # Padding that a group may contain: a forward of its own costs about as much as 256 tokens on a small model.
@@ -60,7 +62,14 @@ def passing(model: nn.Module) -> Iterator[None]:
 
     Raises NotImplementedError for a model that neither packing nor padding leaves unharmed.
     """
-    if has_kernels(causal_lm(model).device) and probe.packed(model):
+    is_packed = has_kernels(causal_lm(model).device) and probe.packed(model)
+    if is_row_invariant():
+        if not is_packed:
+            raise NotImplementedError(f"{type(causal_lm(model)).__name__} cannot be computed row by row: {NOT_EXACT}")
+        with exact_linears(model), attached(model):
+            yield
+        return
+    if is_packed:
         with attached(model):
             yield
         return

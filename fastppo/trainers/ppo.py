@@ -19,6 +19,7 @@ from fastppo.engine.prompts import context_length
 from fastppo.engine.stopping import end_ids
 from fastppo.models.network import causal_lm, language_head, to_bf16, verify_head, weight_version
 from fastppo.models.reference import Reference
+from fastppo.ops.matmul import row_invariant
 from fastppo.rewards import is_listed, parse_scores
 from fastppo.trainers import generation, padded, report, setup, state
 from fastppo.trainers.conclude import conclude
@@ -85,7 +86,7 @@ class PPOTrainer:
             self.ref_model.to(self.current_device)
         if self.config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
-        self.engine = Engine(self.model, self.tokenizer, seed=self.config.seed)
+        self.engine = Engine(self.model, self.tokenizer, seed=self.config.seed, consistency=self.config.consistency)
         self.end_ids = end_ids(causal_lm(model), self.tokenizer)
         # Those of the last generate call hold for plain lists of responses.
         self.temperature, self.stop_ids = 1.0, self.end_ids
@@ -141,7 +142,7 @@ class PPOTrainer:
         """
         clock = report.Clock()
         samples, raw_scores, rollout = self._receive(queries, responses, scores, response_masks)
-        with clock("forward_pass"):
+        with clock("forward_pass"), self._exactness():
             evaluation = self._evaluate(samples, rollout)
         with clock("compute_rewards"):
             processed = self._process(raw_scores, samples)
@@ -149,7 +150,7 @@ class PPOTrainer:
         with clock("compute_advantages"):
             advantages, returns = self._advantages(samples, evaluation, rewards)
         experience = Experience(samples, evaluation, processed, rewards, penalties, advantages, returns)
-        with clock("optimize_step"):
+        with clock("optimize_step"), self._exactness():
             losses = optimise(self.model, self.optimizer, experience, self.config, self.current_step)
         with clock("calc_stats"):
             rate = self.optimizer.param_groups[0]["lr"]
@@ -200,6 +201,9 @@ class PPOTrainer:
         if rollout is None or self.records.check(self.model, samples, rollout, self.current_step):
             return evaluate(self.model, self.reference, samples, rollout, **options)
         return self.records.weigh(evaluate(self.model, self.reference, samples, None, **options), samples, rollout)
+
+    def _exactness(self) -> AbstractContextManager[None]:
+        return row_invariant() if self.engine.is_exact else nullcontext()
 
     def _process(self, scores: Tensor, samples: Samples) -> Tensor:
         if self.config.missing_eos_penalty is not None:
