@@ -331,6 +331,8 @@ MUTATIONS = [
         "    *slopes = *slopes * Vec::of(how.softcap);\n",
         "",
         ("tests/test_attention_ops.py",),
+    ),
+    Mutation(
         "keys of old weights are read on",
         "transformers' continuous batching: a prefix cache that outlives an update",
         "fastppo/engine/engine.py",

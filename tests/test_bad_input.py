@@ -117,6 +117,7 @@ def test_a_response_without_a_score_has_no_influence(missing):
 def test_updates_without_a_finite_gradient_are_counted_and_then_refused():
     trainer = tiny.trainer(mini_batch_size=2, max_skipped_steps=3)
     trainer.step(*tiny.batch())
+    trainer.generate(tiny.batch()[0], max_new_tokens=2)
     with torch.no_grad():
         trainer.model.pretrained_model.transformer.ln_f.bias.fill_(NAN)
     state = tiny.snapshot(trainer)[1]

@@ -1,5 +1,7 @@
 """The engine: the same tokens as a naive loop, whatever the batch; honest records; stops; limits."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -180,10 +182,14 @@ def test_a_single_prompt_must_be_in_a_list():
 
 def test_broken_weights_are_named():
     model = tiny.llama()
+    sampling = SamplingConfig(max_new_tokens=3)
+    Engine(model).generate([[5, 6]], sampling)
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan
-    with pytest.raises(FloatingPointError, match="not finite"):
-        Engine(model).generate([[5, 6]], SamplingConfig(max_new_tokens=3))
+    with pytest.raises(FloatingPointError, match=r"not finite \(.*first in prompt 0\); check the weights"):
+        Engine(model).generate([[5, 6]], sampling)
+    with pytest.raises(FloatingPointError, match="the logits of LlamaForCausalLM are not finite; check the weights"):
+        Engine(copy.deepcopy(model)).generate([[5, 6]], sampling)
 
 
 def test_a_rollout_knows_when_it_was_edited():

@@ -35,7 +35,9 @@ def recomputed(model, queries, rollout, group_size):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "lora"])
 def test_random_schedules_are_exact(kind, dtype):
     draw = random.Random(f"{kind} {dtype}")
-    model = lora("llama") if kind == "lora" else network(kind, **(SIZES if kind == "llama" else {}))
+    # In bf16 a large initialisation makes such noise of rounding that no layout passes the probe.
+    start = {"initializer_range": 0.3 if dtype == torch.float32 else 0.1}
+    model = lora("llama") if kind == "lora" else network(kind, **start, **(SIZES if kind == "llama" else {}))
     model = model.to(dtype).eval()
     for _ in range(8):
         count = draw.randint(1, 9)
