@@ -198,11 +198,7 @@ class Engine:
         n = generation_kwargs.pop("num_return_sequences", None) or n
         if isinstance(max_new_tokens, int):
             generation_kwargs["max_new_tokens"], max_new_tokens = max_new_tokens, None
-        if sampling is not None and generation_kwargs:
-            raise ValueError(
-                f"got sampling and also {sorted(generation_kwargs)}; put all of it into the SamplingConfig"
-            )
-        sampling = sampling or SamplingConfig.from_generation_kwargs(**generation_kwargs)
+        sampling = _sampling_of(sampling, generation_kwargs)
         ids = self.encode(prompts)
         limits = [sampling.max_new_tokens] * len(ids) if max_new_tokens is None else list(max_new_tokens)
         ids, limits = [one for one in ids for _ in range(n)], [limit for limit in limits for _ in range(n)]
@@ -264,3 +260,9 @@ class Engine:
     def _finish(self) -> None:
         if self._call is not None:
             self._metrics, self._call = self._call.decoder.metrics(), None
+
+
+def _sampling_of(sampling: SamplingConfig | None, generation_kwargs: dict[str, Any]) -> SamplingConfig:
+    if sampling is not None and generation_kwargs:
+        raise ValueError(f"got sampling and also {sorted(generation_kwargs)}; put all of it into the SamplingConfig")
+    return sampling or SamplingConfig.from_generation_kwargs(**generation_kwargs)
