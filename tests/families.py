@@ -149,7 +149,7 @@ def row(family):
         return "not yet", "not yet", "encoder and decoder: no causal model of its own in transformers"
     model = build(family)
     with _quiet():
-        found, packed, padded = capabilities(model), probe.packed(model), probe.padded(model)
+        found, packed, padded = capabilities(model), probe.trains_packed(model), probe.padded(model)
     training = "packed" if packed else "padded" if padded else "no"
     # The power of ten above it: the figure itself depends on the machine.
     above = math.ceil(math.log10(found.verdict.error)) if found.verdict.error else None

@@ -41,6 +41,21 @@ def test_a_lost_argument_is_noticed(monkeypatch, layout, family, argument, wrong
     assert refused.error > 10 * refused.bound
 
 
+def test_gradients_that_are_lost_are_noticed(monkeypatch):
+    right = attention.ragged_attention
+    lost = {
+        "sinks": lambda q, k, v, at, **shape: right(q, k, v, at, **(shape | {"sinks": shape["sinks"].detach()})),
+        "keys": lambda q, k, v, at, **shape: right(q, k.detach(), v, at, **shape),
+    }
+    for function in lost.values():
+        assert probe.trains_packed(families.build("gpt_oss"))
+        monkeypatch.setattr(attention, "ragged_attention", function)
+        model = families.build("gpt_oss")
+        assert probe.packed(model)
+        assert "gradients differ" in probe.trains_packed(model).reason
+        monkeypatch.undo()
+
+
 def test_a_window_longer_than_the_probe_is_noticed(monkeypatch):
     model = families.build("mistral")
     model.config.sliding_window = 100

@@ -225,6 +225,20 @@ def test_an_adapter_whose_base_is_gone_says_so(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
+def test_inspect_says_how_a_model_is_run(workplace, capsys):
+    assert main(["inspect", "--model_name_or_path", str(workplace / "model")]) == 0
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    rows = {name: value.strip() for name, value in rows.items()}
+    assert rows["model type"] == "llama (LlamaForCausalLM)"
+    assert rows["context length"] == "32 tokens"
+    assert rows["generation"].startswith("tier A")
+    assert rows["training"] == "packed"
+    assert rows["cache"] == "128 bytes a token"
+    assert rows["decode step"] == "one call of C++ for the body"
+    assert main(["inspect", "--model_name_or_path", "./absent"]) == 2
+    assert "there is no directory ./absent" in capsys.readouterr().err
+
+
 def test_every_field_is_a_flag_and_has_a_text(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["ppo", "--help"])

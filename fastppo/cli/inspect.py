@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastppo.attention import LayerShape
 from fastppo.cli.arguments import parse_dataclasses
 from fastppo.cli.loading import check_directory
 
@@ -16,6 +18,7 @@ _TIERS = {
     "C": "a slot for the states of each sequence",
     "D": "no cache: whole sequences anew at every token",
 }
+_UNSERVED = ", for which there are no kernels here: by a slower tier"
 
 
 @dataclass
@@ -65,14 +68,17 @@ def describe(model: Any) -> list[tuple[str, str]]:
 def _layouts(model: Any) -> list[tuple[str, str]]:
     from fastppo.engine.tiers import capabilities
     from fastppo.models import probe
+    from fastppo.models.network import causal_lm
+    from fastppo.ops.attention import has_paged_kernels
 
     found = capabilities(model)
+    is_served = found.tier != "A" or has_paged_kernels(causal_lm(model).device)
     rows = [
-        ("generation", f"tier {found.tier}: {_TIERS[found.tier]}"),
+        ("generation", f"tier {found.tier}: {_TIERS[found.tier]}{'' if is_served else _UNSERVED}"),
         ("log-probs", f"within {found.verdict.error:.2g} of the model's own; the bound is {found.verdict.bound:.2g}"),
         *((f"not tier {tier}", reason) for tier, reason in found.refused.items()),
     ]
-    packed, padded = probe.packed(model), probe.padded(model)
+    packed, padded = probe.trains_packed(model), probe.padded(model)
     kind = "packed" if packed else "padded on the right" if padded else f"not possible: {padded.reason}"
     return [*rows, ("training", kind)]
 
@@ -82,6 +88,7 @@ def _features(model: Any) -> list[tuple[str, str]]:
     from fastppo.models import probe
     from fastppo.models.attach import batch_dependent_rotaries
     from fastppo.models.network import causal_lm
+    from fastppo.ops.attention import has_paged_kernels
 
     inner = causal_lm(model)
     pinned = sorted({str(rotary.rope_type) for rotary in batch_dependent_rotaries(model)})
@@ -94,7 +101,22 @@ def _features(model: Any) -> list[tuple[str, str]]:
     features = sorted({name for shape in layers.values() for name in shape.features})
     rows.append(("attention layers", ", ".join(f"{count} that see {window}" for window, count in windows.items())))
     rows += [("with", ", ".join(features))] if features else []
-    return [*rows, ("cache", f"{size * inner.dtype.itemsize:,} bytes a token")]
+    rows.append(("cache", f"{size * inner.dtype.itemsize:,} bytes a token"))
+    has_program = inner.device.type == "cpu" and has_paged_kernels(inner.device) and probe.paged(model)
+    return [*rows, ("decode step", _decode_step(model, layers))] if has_program else rows
+
+
+def _decode_step(model: Any, layers: Mapping[int, LayerShape]) -> str:
+    from fastppo.engine.kv import PagedCache
+    from fastppo.engine.program import build_program
+    from fastppo.engine.steps import program_step
+    from fastppo.models.network import causal_lm
+
+    cache = PagedCache(layers, causal_lm(model).get_input_embeddings().weight, None)
+    if program_step(model, cache) is not None:
+        return "one call of C++ for the body"
+    program, reason = build_program(model)
+    return f"the model's modules: {reason if program is None else 'the C++ program gives other log-probs'}"
 
 
 def _parts(model: Any) -> list[tuple[str, str]]:

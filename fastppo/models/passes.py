@@ -62,7 +62,7 @@ def passing(model: nn.Module) -> Iterator[None]:
 
     Raises NotImplementedError for a model that neither packing nor padding leaves unharmed.
     """
-    is_packed = has_kernels(causal_lm(model).device) and probe.packed(model)
+    is_packed = has_kernels(causal_lm(model).device) and bool(probe.trains_packed(model))
     if is_row_invariant():
         if not is_packed:
             raise NotImplementedError(f"{type(causal_lm(model)).__name__} cannot be computed row by row: {NOT_EXACT}")

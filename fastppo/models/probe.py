@@ -24,6 +24,7 @@ from fastppo.reference_attention import BLOCK
 # Three sequences that begin and end in different blocks of the cache, and are longer than the window below.
 _LENGTHS = (13, 22, 37)
 _WINDOW = 8
+_SMALL = 4096  # numbers in a parameter whose gradient is compared
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 # How far log-probs may differ: so many times the model's own noise from one shape of batch to another, or the floor.
 # In half precision that noise is large; wrong semantics move log-probs by tenths and more.
@@ -54,6 +55,10 @@ def verdict(model: nn.Module, name: str, run: Run) -> Verdict:
     The answer is remembered under `name` until the model's dtype, device or adapters change. The model is left as it
     was, its random numbers too. An error that the layout raises is the reason why it is refused.
     """
+    return _remembered(model, name, lambda: _compare(model, run))
+
+
+def _remembered(model: nn.Module, name: str, compare: Callable[[], Verdict]) -> Verdict:
     inner = causal_lm(model)
     adapters = sorted((type(m).__name__, str(m.merged_adapters)) for m in model.modules() if hasattr(m, "lora_A"))
     key = (name, inner.dtype, inner.device, tuple(adapters))
@@ -61,7 +66,7 @@ def verdict(model: nn.Module, name: str, run: Run) -> Verdict:
     if key not in known:
         devices = [inner.device] if inner.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices), evaluating(model), pinned_rope(model), _windows(inner):
-            known[key] = _compare(model, run)
+            known[key] = compare()
     return known[key]
 
 
@@ -114,6 +119,51 @@ def _difference(model: nn.Module, hidden: Sequence[Tensor], own: Sequence[Tensor
     return float(torch.stack([(_logprobs(model, a) - _logprobs(model, b)).abs().max() for a, b in pairs]).max())
 
 
+def _compare_gradients(model: nn.Module) -> Verdict:
+    sequences = random_sequences(model)
+
+    def alone() -> Tensor:
+        return torch.cat([last_hidden(model, input_ids=ids[None], use_cache=False)[0] for ids in sequences])
+
+    own = _gradients(model, alone)
+    try:
+        with attached(model):
+            ours = _gradients(model, lambda: packed_hidden(model, sequences))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return Verdict(reason=f"{type(error).__name__}: {error}".splitlines()[0])
+    size, dtype = max(float(grad.abs().max()) for grad in own), own[0].dtype
+    worst = max(float((a - b).abs().max()) for a, b in zip(ours, own, strict=True)) / size
+    bound = 5.0 * _FLOORS.get(dtype, 0.0)
+    reason = f"gradients differ from the model's own by {worst:.3g} of the largest, more than {bound:.2g}"
+    return Verdict(worst, bound, "" if worst <= bound else reason)
+
+
+def _gradients(model: nn.Module, forward: Callable[[], Tensor]) -> list[Tensor]:
+    """Return the gradients of a random projection of the hidden states: of the embeddings, through which those of all
+    layers flow, and of the small parameters that are trained, which attention may be given, as sinks are.
+    """
+    captured: list[Tensor] = []
+
+    def capture(_: Any, __: Any, output: Tensor) -> Tensor:
+        captured.append(output.detach().requires_grad_())
+        return captured[-1]
+
+    handle = causal_lm(model).get_input_embeddings().register_forward_hook(capture)
+    try:
+        with torch.enable_grad():
+            hidden = forward()
+            weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)).to(hidden)
+            projection = (hidden * weights).sum()
+    finally:
+        handle.remove()
+    trained = [p for p in model.parameters() if p.requires_grad and p.numel() <= _SMALL]
+    grads = torch.autograd.grad(projection, [*captured, *trained], materialize_grads=True)
+    embeddings = torch.cat([grad.flatten(0, -2) for grad in grads[: len(captured)]])
+    return [embeddings, *grads[len(captured) :]]
+
+
 def random_sequences(model: nn.Module) -> list[Tensor]:
     """Return three sequences of random token ids, which fit the model's context."""
     inner = causal_lm(model)
@@ -141,6 +191,11 @@ def paged(model: nn.Module) -> Verdict:
 def packed(model: nn.Module) -> Verdict:
     """Say whether whole sequences can lie side by side in one row."""
     return verdict(model, "packed", _packed)
+
+
+def trains_packed(model: nn.Module) -> Verdict:
+    """Say whether packed sequences also have the gradients that each has by itself."""
+    return packed(model) and _remembered(model, "packed gradients", lambda: _compare_gradients(model))
 
 
 def padded(model: nn.Module) -> Verdict:
