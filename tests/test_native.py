@@ -11,6 +11,8 @@ import pytest
 import torch
 from tolerances import close
 
+from fastppo import ops
+
 _native = pytest.importorskip("fastppo._native", reason="fastppo was installed without its C++ extension")
 
 RAGGED = {
@@ -194,3 +196,16 @@ print(sorted({line.split()[-1] for line in lines if "libgomp" in line or "libomp
     found = ast.literal_eval(done.stdout)
     assert len(found) == 1, found
     assert Path(torch.__file__).parent in Path(found[0]).parents, "not the one that torch brings"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
+@pytest.mark.parametrize("shape", [(5, 7), (1, 33), (40,), (3, 4, 5), ()])
+def test_the_checksum_is_that_of_torch(dtype, shape):
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 50).to(dtype)
+    with ops.use_backend("reference"):
+        expected = ops.checksum(x)
+    assert ops.checksum(x).equal(expected)
+    if x.dim() == 2:
+        assert not ops.checksum(x.flip(0)).equal(expected) or len(x) == 1
+        assert not ops.checksum(x.flip(1)).equal(expected)
+        assert ops.checksum(x.t().contiguous().t()).equal(expected)

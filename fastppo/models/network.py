@@ -203,26 +203,9 @@ def to_bf16(model: nn.Module) -> None:
 def weight_version(model: nn.Module) -> tuple[int, ...]:
     """Return a fingerprint of all the weights and of which adapter is on.
 
-    It is equal if and, but for freak coincidence, only if they are bitwise equal. It reads every weight twice.
+    It is equal if and, but for freak coincidence, only if they are bitwise equal. It reads every weight.
     """
     parameters = list(model.parameters())
-    sums = [checksum.to(parameters[0].device) for checksum in map(_checksum, parameters)]
+    sums = [checksum.to(parameters[0].device) for checksum in map(ops.checksum, parameters)]
     adapters = [(m.disable_adapters, m.active_adapters) for m in model.modules() if hasattr(m, "disable_adapters")]
     return (zlib.crc32(repr(adapters).encode()), *torch.stack(sums).tolist())
-
-
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _checksum(parameter: Tensor) -> Tensor:
-    """Sum the bits of a parameter, weighted by row and by column, so that moving rows or columns shows."""
-    words = parameter.detach().contiguous().view(_WORDS[parameter.element_size()])
-    words = words.reshape(len(words) if words.dim() else 1, -1)
-    return sum(
-        (_weighted(words.sum(axis, dtype=torch.int64)) for axis in (0, 1)), start=words.new_zeros((), dtype=torch.int64)
-    )
-
-
-def _weighted(sums: Tensor) -> Tensor:
-    # An odd multiplier (Knuth's, 2^32 / golden ratio) makes the weights differ modulo 2^64.
-    return (sums * (torch.arange(1, len(sums) + 1, device=sums.device) * 2654435761)).sum()

@@ -45,3 +45,22 @@ def pack(lengths: list[int], num_bins: int, max_per_bin: int) -> Tensor:
         return reference.pack(lengths, num_bins, max_per_bin)
     sizes = torch.tensor(lengths, dtype=torch.int64).numpy()
     return torch.from_numpy(native().pack(sizes, num_bins, max_per_bin))
+
+
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Odd (Knuth's, 2^32 / golden ratio), so that different weights stay different modulo 2^64.
+_MULTIPLIER = 2654435761
+
+
+@torch.no_grad()
+def checksum(x: Tensor) -> Tensor:
+    """Return the sum of the bits of a tensor, () int64, weighted by row and by column: moving either one shows."""
+    words = x.detach().contiguous().view(_WORDS[x.element_size()])
+    words = words.reshape(len(words) if words.dim() else 1, -1)
+    if backend(x.device) == "native":
+        return torch.tensor(native().checksum(words.data_ptr(), *words.shape, x.element_size(), _MULTIPLIER))
+    return _weighted(words.sum(0, dtype=torch.int64)) + _weighted(words.sum(1, dtype=torch.int64))
+
+
+def _weighted(sums: Tensor) -> Tensor:
+    return (sums * (torch.arange(1, len(sums) + 1, device=sums.device) * _MULTIPLIER)).sum()
