@@ -133,3 +133,13 @@ def test_the_layers_of_a_cache_are_learnt_from_what_attention_is_given():
     assert [s.window for s in shapes.values()] == [8, None]
     assert shapes[0].features == ("soft cap",)
     assert probe.layer_shapes(families.build("gpt_oss"))[0].features == ("sinks",)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_bound_follows_the_roundings_of_the_dtype(monkeypatch, dtype):
+    """In half precision layouts differ visibly; a lost soft cap, the smallest of the losses above, still shows."""
+    for family in ("llama", "gemma2", "qwen2"):
+        assert probe.paged(families.build(family).to(dtype)), family
+    for name, function in dropping("softcap", None).items():
+        monkeypatch.setattr(attention, name, function)
+    assert not probe.paged(families.build("gemma2").to(dtype))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_engine import naive
 
-from fastppo import Engine, SamplingConfig
+from fastppo import AutoModelForCausalLMWithValueHead, Engine, PPOConfig, PPOTrainer, SamplingConfig
 from fastppo.engine.tiers import capabilities
 from fastppo.models import probe
 
@@ -44,3 +44,15 @@ def test_models_that_would_be_silently_wrong_do_not_page(kind):
     assert not probe.paged(model)
     assert not probe.packed(model)
     assert probe.padded(model)
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_h1", "bloom", "rwkv"])
+def test_what_generates_on_a_slower_tier_is_trained(family):
+    """The update finds the log-probs that generation recorded, and moves the weights."""
+    model = AutoModelForCausalLMWithValueHead(families.build(family))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = PPOTrainer(PPOConfig(batch_size=5, mini_batch_size=5, ppo_epochs=1, learning_rate=1e-3), model)
+    rollout = Engine(model, seed=3).generate(prompts(), SamplingConfig(max_new_tokens=6, stop_ids=()))
+    stats = trainer.step(rollout.queries, rollout, [0.0, 1.0, 0.5, 0.2, 0.7])
+    assert stats["ppo/policy/logprob_gap_max"] < 1e-4
+    assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
