@@ -9,6 +9,7 @@ from fastppo.reference_sampling import uniforms
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
+pytestmark = pytest.mark.slow  # a minute in the interpreter; test_kernels_sampling.py has the plain rows
 # Longer than what is gathered at most (8192), by an odd number; and rows that fit.
 LONG, SHORT = 20_001, 777
 LIMITS = [

@@ -40,8 +40,12 @@ def inspect(arguments: list[str]) -> int:
     from fastppo.models.loading import load_base
 
     # The probe runs the model in ways that it warns of; what comes of them is in the table.
+    level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
-    rows = describe(load_base(options.model_name_or_path).model)
+    try:
+        rows = describe(load_base(options.model_name_or_path).model)
+    finally:
+        transformers_logging.set_verbosity(level)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:{width}}  {value}".rstrip())
