@@ -58,6 +58,7 @@ def draw(folder, logits: torch.Tensor, **more) -> tuple[torch.Tensor, ...]:
     return interpret(folder, {"only": call})["only"]
 
 
+@pytest.mark.slow
 def test_of_equal_logits_top_k_leaves_all_and_top_p_the_first(tmp_path):
     flat, steps = torch.zeros(16, 200), torch.arange(200.0).div(50).floor().flip(0).repeat(16, 1)
     flat[:, ::2] = -0.0

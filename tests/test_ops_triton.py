@@ -17,6 +17,7 @@ def test_the_head_agrees_with_autograd_in_the_interpreter():
     interpreter.run_script(triton_head.__file__)
 
 
+@pytest.mark.slow
 def test_the_sampler_passes_the_tests_of_the_others_in_the_interpreter():
     tests = Path(__file__).with_name("test_sampling.py")
     names = "its_number and 129 or not_finite and 300 or everything_possible or any_strides"
