@@ -31,7 +31,7 @@ class Scores:
 def score(
     model: Any, queries: Sequence[Tensor], responses: Sequence[Tensor], temperature: float, max_tokens: int
 ) -> Scores:
-    """Score responses to queries, 1-D int64 each, at about `max_tokens` to a forward pass. Raises ValueError."""
+    """Score responses to queries, 1-D int64 each, `max_tokens` or one sequence to a forward pass. Raises ValueError."""
     if len(queries) != len(responses):
         raise ValueError(f"got {len(responses)} responses to {len(queries)} queries; pass one to each")
     lengths = [len(response) for response in responses]
@@ -51,7 +51,7 @@ def score(
     head, value_head = language_head(model), getattr(model, "v_head", None)
     logprobs, entropies, values = torch.zeros(3, len(labels), device=labels.device).unbind()
     with evaluating(model), passing(model):
-        for group in length_groups(samples.lengths, max(1, max_tokens // max(samples.lengths)), is_attached(model)):
+        for group in length_groups(samples.lengths, len(samples), is_attached(model), max_tokens):
             tokens = samples.take(group).to(labels.device)
             hidden = response_hidden(model, samples, group)
             stats = ops.linear_logprobs(
