@@ -34,7 +34,7 @@ def share_of_a(prompts, completions, label):
 def interrupted(where, number):
     '''Send this process a signal in the middle of its second rollout or update.'''
     import fastppo.engine.engine as engine, fastppo.trainers.ppo as ppo
-    owner, name = (engine.Sampler, "draw") if where == "rollout" else (ppo, "optimise")
+    owner, name = (engine.Sampler, "draw_at") if where == "rollout" else (ppo, "optimise")
     real, calls = getattr(owner, name), []
     def wrapped(*args, **kwargs):
         calls.append(1)

@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from fastppo import Engine, PPOConfig, PPOTrainer, SamplingConfig
+from fastppo.engine import engine as engine_module
 
 pytestmark = pytest.mark.gpu
 
@@ -24,6 +25,40 @@ def test_the_engine_draws_the_same_tokens(build):
     for a, b, is_same in zip(host.split(host.logprobs), device.split(device.logprobs), same, strict=True):
         if is_same:
             torch.testing.assert_close(a, b.cpu(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
+@pytest.mark.parametrize("more", [{}, {"top_p": 0.8, "min_new_tokens": 9}, {"do_sample": False}])
+def test_graphs_and_steps_that_nobody_looks_at_change_nothing(build, more, monkeypatch):
+    model, rollouts = tiny.with_value_head(build()).cuda(), []
+    sampling, prompts = SamplingConfig(max_new_tokens=40, **more), tiny.queries(21)
+    for looks in ({"cuda": 8}, {"cuda": 3}, {}):
+        monkeypatch.setattr(engine_module, "STEPS_PER_CHECK", looks)
+        if not looks:
+            monkeypatch.setattr(engine_module, "GraphStep", lambda model, cache: None)
+        engine = Engine(model, max_rows=13, seed=4)
+        rollouts.append(engine.generate(prompts, sampling, n=2))
+        if looks:
+            assert engine.metrics()["decoder"] == "graphs"
+            assert engine._program.captures > 0, "nothing was captured"
+    for other in rollouts[1:]:
+        assert torch.equal(rollouts[0].tokens, other.tokens)
+        torch.testing.assert_close(rollouts[0].logprobs, other.logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(rollouts[0].values, other.values, atol=1e-5, rtol=0)
+
+
+def test_graphs_see_weights_that_were_updated_in_place():
+    model = tiny.llama().cuda()
+    engine, prompts = Engine(model), tiny.queries(9)
+    for _ in range(3):
+        rollout = engine.generate(prompts, max_new_tokens=20, min_new_tokens=20)
+        for query, response, logprobs in zip(prompts, rollout, rollout.split(rollout.logprobs), strict=True):
+            with torch.no_grad():
+                logits = model(torch.cat([query.cuda(), response])[None]).logits[0, len(query) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(-1, response[:, None])[:, 0]
+            torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=0)
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
 
 
 def test_a_step_agrees_and_a_skip_changes_nothing():

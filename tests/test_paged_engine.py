@@ -219,17 +219,17 @@ def test_branches_of_a_turn_differ_and_share_what_came_before():
 
 
 def test_responses_can_be_cancelled_from_another_thread(monkeypatch):
-    engine, calls, draw = Engine(tiny.llama(), seed=7, max_rows=3), [], Sampler.draw
+    engine, calls, draw = Engine(tiny.llama(), seed=7, max_rows=3), [], Sampler.draw_at
 
-    def cancelling(self, hidden, requests):
-        calls.append(requests)
+    def cancelling(self, *given):
+        calls.append(1)
         if len(calls) == 3:  # 0 to 2 are in work, 4 waits
             thread = threading.Thread(target=engine.cancel, args=([1, 4, 4],))
             thread.start()
             thread.join()
-        return draw(self, hidden, requests)
+        return draw(self, *given)
 
-    monkeypatch.setattr(Sampler, "draw", cancelling)
+    monkeypatch.setattr(Sampler, "draw_at", cancelling)
     sampling = SamplingConfig(max_new_tokens=12, stop_ids=())
     rollout = engine.generate(tiny.queries(5), sampling)
     assert rollout.reasons == ("length", "cancelled", "length", "length", "cancelled")
@@ -244,20 +244,20 @@ def test_responses_can_be_cancelled_from_another_thread(monkeypatch):
 def test_an_interrupted_call_leaves_nothing_behind(monkeypatch):
     model, queries = tiny.llama(), tiny.queries(4)
     model.train()
-    engine, calls, draw = Engine(model, seed=7), [], Sampler.draw
+    engine, calls, draw = Engine(model, seed=7), [], Sampler.draw_at
 
-    def interrupted(self, hidden, requests):
+    def interrupted(self, *given):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return draw(self, hidden, requests)
+        return draw(self, *given)
 
     sampling = SamplingConfig(max_new_tokens=12)
     implementation = model.config._attn_implementation
-    monkeypatch.setattr(Sampler, "draw", interrupted)
+    monkeypatch.setattr(Sampler, "draw_at", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.generate(queries, sampling, keep=True)
-    monkeypatch.setattr(Sampler, "draw", draw)
+    monkeypatch.setattr(Sampler, "draw_at", draw)
     assert engine._cache.num_bytes == 0
     assert model.training
     assert model.config._attn_implementation == implementation

@@ -6,14 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastppo.engine.blocks import BLOCK, Ledger, blocks_of
-from fastppo.engine.schedule import Job, Prompt, Scheduler
+from fastppo.engine.jobs import Job, Prompt
+from fastppo.engine.schedule import Scheduler
 
 
 class Simulation:
     """Runs plans; instead of keys each slot of each block holds a label of the token that was stored there."""
 
-    def __init__(self, prompts, windows, sizes, max_rows, prefill_tokens, lengths):
+    def __init__(self, prompts, windows, sizes, max_rows, prefill_tokens, lengths, most=1):
         width = max(blocks_of(prompt + limit) for prompt, _, limit in prompts)
+        self.most, self.longest = most, 0
         self.ledger, self.lengths = Ledger(windows, sizes, width), lengths
         self.slots = [np.full((size, BLOCK), None, dtype=object) for size in sizes]
         self.prompts = [Prompt(number, length) for number, (length, _, _) in enumerate(prompts)]
@@ -46,6 +48,9 @@ class Simulation:
             self.over.add(job.index)
             scheduler.leave(job)
         plan = scheduler.plan()
+        steps = scheduler.reserve(plan, self.most)
+        self.longest = max(self.longest, steps)
+        assert 1 <= steps <= self.most
         for pool, slots in zip(self.ledger.pools, self.slots, strict=True):
             slots[pool._free] = None  # what was given back is gone
         assert len(scheduler.rows) <= scheduler.max_rows
@@ -57,12 +62,22 @@ class Simulation:
             self.prefilled += chunk.stop - chunk.start if isinstance(chunk.owner, Prompt) else 0
         for group, source, target in plan.copies:
             self.slots[group][target] = self.slots[group][source]
+        for ahead in range(1, steps):  # all of it happens before anybody knows who has ended
+            for job in plan.decode:
+                self.compute(job, job.held, job.length - 1 + ahead, job.length + ahead)
+        self.commit(plan)
+        for _ in range(1, steps):
+            plan = scheduler.again(plan)
+            self.commit(plan)
+
+    def commit(self, plan):
         draws = [*plan.decode, *plan.resumed, *plan.starts]
+        assert plan.drawing == [job.index for job in draws]
         assert len({job.index for job in draws}) == len(draws)
         for job in draws:
             self.drawn[job.index].append(job.drawn)
         ended = [job for job in draws if job.drawn + 1 >= self.lengths[job.index]]
-        scheduler.commit(plan, ended)
+        self.scheduler.commit(plan, ended)
         self.over |= {job.index for job in ended}
         self.check_references()
 
@@ -103,7 +118,8 @@ def traces(draw):
     sizes = [count + draw(st.integers(0, 12)) for count in least]
     limits = [limit for _, n, limit in prompts for _ in range(n)]
     lengths = [draw(st.integers(1, limit)) for limit in limits]
-    return prompts, windows, sizes, draw(st.integers(1, 9)), draw(st.integers(1, 70)), lengths
+    most = draw(st.sampled_from([1, 2, 8, 40]))
+    return prompts, windows, sizes, draw(st.integers(1, 9)), draw(st.integers(1, 70)), lengths, most
 
 
 @settings(max_examples=150, deadline=None)
@@ -157,7 +173,7 @@ def test_truncation_leaves_shared_blocks_alone_and_knows_what_a_window_has_forgo
     assert fork.length == 39
     ledger.truncate(fork, 30)  # block 1 is shared: it is not to be written to
     assert fork.length == 16
-    ledger.forget(held)
+    ledger.forget(held, held.length)
     assert held.first == [0, 2]
     ledger.truncate(held, 34)  # a query at 34 sees 31, whose block is gone
     assert held.length == 0

@@ -106,6 +106,8 @@ def _features(model: Any) -> list[tuple[str, str]]:
     rows.append(("attention layers", ", ".join(f"{count} that see {window}" for window, count in windows.items())))
     rows += [("with", ", ".join(features))] if features else []
     rows.append(("cache", f"{size * inner.dtype.itemsize:,} bytes a token"))
+    if inner.device.type == "cuda":
+        return [*rows, ("decode step", "the model's modules, captured as CUDA graphs where they can be")]
     has_program = inner.device.type == "cpu" and has_paged_kernels(inner.device) and probe.paged(model)
     return [*rows, ("decode step", _decode_step(model, layers))] if has_program else rows
 

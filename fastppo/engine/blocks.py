@@ -105,6 +105,14 @@ class Ledger:
         """Whether every group has as many free blocks as are wanted of it."""
         return all(pool.free >= count for pool, count in zip(self.pools, wanted, strict=True))
 
+    def missing(self, helds: Iterable[Held], more: int) -> list[int]:
+        """Return how many blocks each group lacks for sequences to grow by so many tokens."""
+        helds = list(helds)
+        return [
+            sum(max(0, blocks_of(held.length + more) - held.first[group] - len(held.blocks[group])) for held in helds)
+            for group in range(len(self.pools))
+        ]
+
     def seat(self, held: Held) -> None:
         """Give a sequence a row of the tables."""
         if held.slot >= 0:
@@ -131,11 +139,11 @@ class Ledger:
         self.seat(held)
         return held
 
-    def forget(self, held: Held) -> None:
-        """Give back the blocks that no later query of the sequence sees."""
+    def forget(self, held: Held, position: int) -> None:
+        """Give back the blocks that no query of the sequence from `position` on sees."""
         for group, window in enumerate(self.windows):
             if window is not None:
-                hidden = max(0, held.length - window + 1) // BLOCK - held.first[group]
+                hidden = max(0, position - window + 1) // BLOCK - held.first[group]
                 if hidden > 0:
                     self.pools[group].give_back(held.blocks[group][:hidden])
                     del held.blocks[group][:hidden]
@@ -150,12 +158,12 @@ class Ledger:
     def extend(self, held: Held, length: int) -> None:
         """Make room for the tokens up to `length`, which `reach` has promised."""
         end = blocks_of(length)
-        self.edits += 1
         for pool, table, first, blocks in zip(self.pools, self.tables, held.first, held.blocks, strict=True):
             for logical in range(first + len(blocks), end):
                 block = pool.take()
                 blocks.append(block)
                 table[held.slot, logical] = block
+                self.edits += 1
         held.length = length
 
     def fork(self, held: Held) -> tuple[Held, list[tuple[int, int, int]]] | None:

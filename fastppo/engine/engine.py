@@ -12,12 +12,13 @@ from torch import Tensor
 from fastppo.config import SamplingConfig
 from fastppo.engine import prompts as incoming
 from fastppo.engine.call import Call, Stream
+from fastppo.engine.graphs import GraphStep
 from fastppo.engine.kv import PagedCache
 from fastppo.engine.paged import PagedDecoder
 from fastppo.engine.requests import Places, Requests
 from fastppo.engine.sampler import Sampler
 from fastppo.engine.score import Scores, score
-from fastppo.engine.steps import ProgramStep, program_step
+from fastppo.engine.steps import DecodeStep, program_step
 from fastppo.engine.stopping import Stopping, end_ids
 from fastppo.engine.tiers import slower_decoder
 from fastppo.engine.windowed import WindowDecoder
@@ -26,6 +27,10 @@ from fastppo.models.exact import NOT_EXACT, exact_linears
 from fastppo.models.network import causal_lm, weight_version
 from fastppo.ops.attention import has_paged_kernels
 from fastppo.types import Rollout
+
+# Tokens drawn before the host looks at them: it waits for the device, and after a token that ends its response, half
+# of them are for nothing. On the CPU there is nobody to wait for.
+STEPS_PER_CHECK = {"cuda": 8}
 
 
 class Engine:
@@ -64,7 +69,7 @@ class Engine:
         self.kv_memory, self.prefill_tokens = kv_memory, prefill_tokens
         self.num_requests = 0  # requests served so far: the number of the next one
         self._cache: PagedCache | None = None
-        self._program: ProgramStep | None = None
+        self._program: DecodeStep | None = None
         self._built_for: PagedCache | None = None  # what the program was built for
         self._call: Call | None = None
         self._metrics: dict[str, Any] = {}
@@ -246,15 +251,17 @@ class Engine:
             max_rows=self.max_rows,
             prefill_tokens=self.prefill_tokens,
             keep=keep,
-            program=self._program_step(cache),
+            program=self._decode_step(cache),
+            steps_per_check=STEPS_PER_CHECK.get(like.device.type, 1),
         )
 
-    def _program_step(self, cache: PagedCache) -> ProgramStep | None:
-        """Return the model's C++ program, if it has one, with the weights and adapters of this moment."""
+    def _decode_step(self, cache: PagedCache) -> DecodeStep | None:
+        """Return CUDA graphs, or the C++ program if the model has one, with the weights and adapters of this moment."""
         if self.is_exact:  # it rounds less than the modules that the update runs
             return None
         if cache is not self._built_for:
-            self._built_for, self._program = cache, program_step(self.model, cache)
+            step = GraphStep if cache.like.is_cuda else program_step
+            self._built_for, self._program = cache, step(self.model, cache)
         return self._program if self._program is not None and self._program.refresh() else None
 
     def _finish(self) -> None:

@@ -104,11 +104,27 @@ class PagedCache:
 
     def layers(self) -> dict[int, LayerCache]:
         """Return the cache of each layer with the tables as they are now."""
-        if self.ledger is not None and self._edits != self.ledger.edits:
-            self.tables = [torch.from_numpy(table).to(self.like.device) for table in self.ledger.tables]
-            self._edits = self.ledger.edits
+        self._update_tables()
         groups = dict(zip(self.windows, self.tables, strict=True))
         return {layer: LayerCache(self.pools[layer], groups[shape.window]) for layer, shape in self.shapes.items()}
+
+    def addresses(self) -> tuple[int, ...]:
+        """Return where keys, values and tables lie and how wide those are: graphs are captured for that."""
+        self._update_tables()
+        parts = [part for pool in self.pools.values() for part in pool]
+        return (*(part.data_ptr() for part in (*parts, *self.tables)), *(table.numel() for table in self.tables))
+
+    def _update_tables(self) -> None:
+        """Bring the device's tables up to date, in the same place as long as they have the same size."""
+        if self.ledger is None or self._edits == self.ledger.edits:
+            return
+        self._edits = self.ledger.edits
+        news = [torch.from_numpy(table) for table in self.ledger.tables]
+        if [table.shape for table in news] != [table.shape for table in self.tables]:
+            self.tables = [table.to(self.like.device) for table in news]
+        else:
+            for table, new in zip(self.tables, news, strict=True):
+                table.copy_(new)
 
     def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy whole blocks, given as (group, from, to)."""

@@ -10,18 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastppo.engine.jobs import Chunk, Job, Plan, Prompt
 from fastppo.engine.kv import Kept, PagedCache
-from fastppo.engine.requests import Requests
+from fastppo.engine.requests import Draw, Requests, on_host
 from fastppo.engine.sampler import Sampler
-from fastppo.engine.schedule import Chunk, Job, Plan, Prompt, Scheduler
-from fastppo.engine.steps import ProgramStep, module_step
+from fastppo.engine.schedule import Scheduler
+from fastppo.engine.steps import DecodeStep, module_step
 from fastppo.models.attach import attached
 
 
 class PagedDecoder:
     """One generate call on a `PagedCache`, `max_rows` requests and `prefill_tokens` prompt tokens at a time.
 
-    `program` runs the decode rows in place of the model's modules, if there is one.
+    `program` runs the decode rows in place of the model's modules, if there is one. Where nothing but decoding is to
+    be done, up to `steps_per_check` tokens are drawn before the host looks whether a response has ended with them; what
+    was drawn after that is dropped.
     """
 
     def __init__(
@@ -34,10 +37,11 @@ class PagedDecoder:
         max_rows: int,
         prefill_tokens: int,
         keep: bool = False,
-        program: ProgramStep | None = None,
+        program: DecodeStep | None = None,
+        steps_per_check: int = 1,
     ):
         self.model, self.requests, self.sampler, self.cache = model, requests, sampler, cache
-        self.program, self.keep = program, keep
+        self.program, self.keep, self.steps_per_check = program, keep, steps_per_check
         lengths = [len(ids) + limit for ids, limit in zip(requests.prompts, requests.limits, strict=True)]
         ledger = cache.take(lengths, max_rows, prefill_tokens)
         self.jobs = self._make_jobs()
@@ -66,21 +70,20 @@ class PagedDecoder:
         return attached(self.model)
 
     def step(self) -> bool:
-        """Run one step of the schedule; return whether anything is left to do."""
+        """Run the schedule up to the next look at what was drawn; return whether anything is left to do."""
         start = perf_counter()
         for request in self.requests.cancel():
             self.scheduler.leave(self.jobs[request])
         plan = self.scheduler.plan()
+        steps = self.scheduler.reserve(plan, self.steps_per_check)
         planned = perf_counter()
         hidden = self._compute(plan)
         self.cache.copy(plan.copies)
         computed = perf_counter()
-        jobs = [job.index for part in (plan.decode, plan.resumed, plan.starts) for job in part]
-        ended = self.requests.record(jobs, self.sampler.draw(hidden, jobs)) if jobs else []
+        draws = self._draw(plan, hidden, steps)
         drawn = perf_counter()
-        self.scheduler.commit(plan, [self.jobs[request] for request in ended])
-        self._counts["steps"] += 1
-        self._counts["decode_tokens"] += len(plan.decode)
+        self._commit(plan, draws)
+        self._counts["steps"] += steps
         self._counts["prefill_tokens"] += sum(chunk.stop - chunk.start for chunk in plan.chunks)
         self._seconds["forward"] += computed - planned
         self._seconds["draw"] += drawn - computed
@@ -103,7 +106,7 @@ class PagedDecoder:
         scheduler, ledger, decoded = self.scheduler, self.scheduler.ledger, self._counts["decode_tokens"]
         return self._counts | {
             "tier": "A",
-            "decoder": "modules" if self.program is None else "program",
+            "decoder": "modules" if self.program is None else self.program.name,
             "mean_rows": decoded / max(1, self._counts["steps"]),
             "recomputed_tokens": scheduler.recomputed_tokens,
             "preemptions": scheduler.preemptions,
@@ -115,13 +118,43 @@ class PagedDecoder:
 
     # --- one step ---------------------------------------------------------------------------------------------
 
+    def _draw(self, plan: Plan, hidden: Tensor, steps: int) -> list[Draw]:
+        """Draw a token for every job of the plan, and `steps` - 1 more from steps like it, all on the device."""
+        jobs = plan.drawing
+        if not jobs:
+            return []
+        places, may_be_early = self.requests.next_places(jobs), self.sampler.may_be_early(jobs)
+        draws = [self.sampler.draw_at(hidden, places, may_be_early)]
+        if steps > 1:
+            _, positions, sequences = self._last(plan.decode)
+        for _ in range(steps - 1):
+            places[1:] += 1
+            positions = positions + 1
+            hidden = self._forward(self.program, draws[-1].tokens, positions, sequences)
+            draws.append(self.sampler.draw_at(hidden, places, may_be_early))
+        return on_host(draws)
+
+    def _commit(self, plan: Plan, draws: list[Draw]) -> None:
+        """Record what the plan and the steps after it drew, as far as responses had not ended."""
+        if not draws:
+            return self.scheduler.commit(plan, [])
+        rows = {request: row for row, request in enumerate(plan.drawing)}
+        for number, draw in enumerate(draws):
+            plan = plan if number == 0 else self.scheduler.again(plan)
+            if not plan.drawing:
+                return
+            left = draw.rows([rows[request] for request in plan.drawing])
+            ended = self.requests.record(plan.drawing, left)
+            self.scheduler.commit(plan, [self.jobs[request] for request in ended])
+            self._counts["decode_tokens"] += len(plan.decode)
+
     def _compute(self, plan: Plan) -> Tensor:
         """Run a plan through the model; return the hidden states (N, H) that its draws are made from."""
         parts, decode = [], plan.decode
         if decode and (self.program is not None or not plan.chunks):
-            parts.append(self._run(decode, [], self.program))
+            parts.append(self._forward(self.program, *self._last(decode)))
         if plan.chunks:
-            parts.append(self._run([] if parts else decode, plan.chunks, None))
+            parts.append(self._run([] if parts else decode, plan.chunks))
         if not plan.chunks and not plan.starts:
             return parts[0]
         hidden = torch.cat(parts) if parts else self.sampler.head.weight[:0]
@@ -136,18 +169,24 @@ class PagedDecoder:
         self._ends = {prompt: end for prompt, end in self._ends.items() if prompt.held is not None}
         return result
 
-    def _run(self, decode: Sequence[Job], chunks: Sequence[Chunk], program: ProgramStep | None) -> Tensor:
-        """Run the last tokens of jobs and then chunks side by side; return their hidden states (T, H)."""
+    def _last(self, decode: Sequence[Job]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the last tokens of jobs, their positions and their rows of the tables, (N,) each."""
         helds = [job.held for job in decode if job.held is not None]
-        tokens = torch.tensor([self.requests.tokens[job.index][-1] for job in decode], dtype=torch.int64)
-        places = [held.length - 1 for held in helds]
-        slots = [held.slot for held in helds]
-        for chunk in chunks:
-            places += range(chunk.start, chunk.stop)
-            slots += [chunk.held.slot] * (chunk.stop - chunk.start)
         device = self.cache.like.device
-        ids = torch.cat([tokens.to(device), *map(self._tokens, chunks)]) if chunks else tokens.to(device)
-        positions, sequences = torch.tensor([places, slots], dtype=torch.int32, device=device)
+        ids = torch.tensor([self.requests.tokens[job.index][-1] for job in decode], dtype=torch.int64, device=device)
+        places = [[held.length - 1 for held in helds], [held.slot for held in helds]]
+        positions, sequences = torch.tensor(places, dtype=torch.int32, device=device)
+        return ids, positions, sequences
+
+    def _run(self, decode: Sequence[Job], chunks: Sequence[Chunk]) -> Tensor:
+        """Run the last tokens of jobs and then chunks side by side; return their hidden states (T, H)."""
+        ids, positions, sequences = self._last(decode)
+        where = [(place, chunk.held.slot) for chunk in chunks for place in range(chunk.start, chunk.stop)]
+        places = torch.tensor(where, dtype=torch.int32, device=ids.device).T
+        ids = torch.cat([ids, *map(self._tokens, chunks)])
+        return self._forward(None, ids, torch.cat([positions, places[0]]), torch.cat([sequences, places[1]]))
+
+    def _forward(self, program: DecodeStep | None, ids: Tensor, positions: Tensor, sequences: Tensor) -> Tensor:
         if program is not None:
             return program(ids, positions, sequences)
         return module_step(self.model, self.cache, ids, positions, sequences)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,26 @@ class Draw(NamedTuple):
     entropies: Tensor
     kept_mass: Tensor
     values: Tensor | None
+
+    def rows(self, places: Sequence[int]) -> Draw:
+        """Return the draws of these rows."""
+        return self if len(places) == len(self.tokens) else self._each(lambda part: part[list(places)])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Draw:
+        return Draw._make(None if part is None else change(part) for part in self)
+
+
+def on_host(draws: Sequence[Draw]) -> list[Draw]:
+    """Return draws of the same number of rows in the host's memory."""
+    return list(draws) if not draws or draws[0].tokens.device.type == "cpu" else in_one_copy(draws)
+
+
+def in_one_copy(draws: Sequence[Draw]) -> list[Draw]:
+    """Return draws of the same number of rows in the host's memory, for which the device is waited for once."""
+    columns = [[part for part in draw if part is not None] for draw in draws]
+    # fp64 holds a token, and a float of any smaller kind, exactly.
+    packed = torch.stack([torch.stack([part.double() for part in column]) for column in columns]).cpu()
+    return [Draw(tokens.long(), *(part.float() for part in rest), *[None][: 4 - len(rest)]) for tokens, *rest in packed]
 
 
 class Places(NamedTuple):
@@ -44,13 +64,16 @@ class Requests:
         self.draws: list[tuple[list[int], Draw]] = []
 
     def next_places(self, requests: Sequence[int]) -> Tensor:
-        """Return number and position (2, N) int64 of the next draw of these requests."""
+        """Return (3, N) int64 of the next draw of these requests: number, position, tokens drawn before."""
         numbers, starts = self.places.numbers, self.places.starts
-        positions = [starts[request] + len(self.tokens[request]) for request in requests]
-        return torch.tensor([[numbers[request] for request in requests], positions], device=self.prompts[0].device)
+        drawn = [len(self.tokens[request]) for request in requests]
+        positions = [starts[request] + count for request, count in zip(requests, drawn, strict=True)]
+        rows = [[numbers[request] for request in requests], positions, drawn]
+        return torch.tensor(rows, device=self.prompts[0].device)
 
     def record(self, requests: list[int], draw: Draw) -> list[int]:
         """Keep what was drawn for these requests, in their order; return those that have ended with it."""
+        (draw,) = on_host([draw])
         self.draws.append((requests, draw))
         ended = []
         for request, token in zip(requests, draw.tokens.tolist(), strict=True):
@@ -84,11 +107,10 @@ class Requests:
         """Put the records together. Raises FloatingPointError if the model produced numbers that are not finite."""
         device, lengths = self.prompts[0].device, [len(response) for response in self.tokens]
         owners = torch.tensor([request for requests, _ in self.draws for request in requests], dtype=torch.int64)
-        order = owners.argsort(stable=True).to(device)
-        empty = torch.zeros(0, device=device)
+        order, empty = owners.argsort(stable=True), torch.zeros(0)
         columns = [list(column) for column in zip(*(draw for _, draw in self.draws), strict=True)] or [[empty]] * 5
         has_values = columns[4][0] is not None
-        tokens, *records = (torch.cat(part)[order] for part in columns[: 4 + has_values])
+        tokens, *records = (torch.cat(part)[order].to(device) for part in columns[: 4 + has_values])
         logprobs, entropies, kept_mass, *values = (record.float() for record in records)
         self._check_finite(logprobs, lengths)
         tokens = tokens.long()

@@ -33,6 +33,18 @@ class Sampler:
 
     def draw(self, hidden: Tensor, requests: Sequence[int]) -> Draw:
         """Draw the next token of these requests from their last hidden states (N, H)."""
+        return self.draw_at(hidden, self.requests.next_places(requests), self.may_be_early(requests))
+
+    def may_be_early(self, requests: Sequence[int]) -> bool:
+        """Whether one of these requests is too short to end."""
+        least = self.sampling.min_new_tokens
+        return len(self.end_ids) > 0 and any(len(self.requests.tokens[request]) < least for request in requests)
+
+    def draw_at(self, hidden: Tensor, places: Tensor, may_be_early: bool) -> Draw:
+        """Draw from hidden states (N, H) the tokens of `places` (3, N), as `Requests.next_places` gives them.
+
+        Nothing is read back from the device.
+        """
         sampling, head = self.sampling, self.head
         temperature = sampling.temperature if sampling.do_sample else 1.0
         hidden = hidden.to(head.weight.dtype)
@@ -40,14 +52,14 @@ class Sampler:
         result = ops.sample_tokens(
             logits,
             self.requests.seed,
-            *self.requests.next_places(requests),
+            *places[:2],
             temperature=temperature,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             greedy=not sampling.do_sample,
-            **self._forbidden(requests),
+            **(self._forbidden(places) if may_be_early else {}),
         )
         if self.is_exact:
             scaling = Scaling(temperature, head.softcap, head.logit_scale)
@@ -55,10 +67,6 @@ class Sampler:
             result = (result[0], stats.logprobs, stats.entropies, result[3])
         return Draw(*result, None if self.value_head is None else self.value_head(hidden).squeeze(-1))
 
-    def _forbidden(self, requests: Sequence[int]) -> dict[str, Tensor]:
+    def _forbidden(self, places: Tensor) -> dict[str, Tensor]:
         """Name the rows that are too short to end, and the ids that would end them."""
-        least = self.sampling.min_new_tokens
-        is_early = [len(self.requests.tokens[request]) < least for request in requests] if least else [False]
-        if not any(is_early) or not len(self.end_ids):
-            return {}
-        return {"forbidden_ids": self.end_ids, "is_forbidden": torch.tensor(is_early, device=self.device)}
+        return {"forbidden_ids": self.end_ids, "is_forbidden": places[2] < self.sampling.min_new_tokens}

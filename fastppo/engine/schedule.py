@@ -10,73 +10,14 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 from fastppo.engine.blocks import Held, Ledger
+from fastppo.engine.jobs import Chunk, Job, Plan, Prompt
 from fastppo.reference_attention import BLOCK
 
 # Until so many responses have ended, their length is unknown and half of what is allowed is expected.
 _MIN_OBSERVED = 8
 _QUANTILE = 0.75
-
-
-@dataclass(eq=False)
-class Prompt:
-    """A prompt, and the sequence that holds as much of its KV as is computed."""
-
-    number: int
-    length: int
-    held: Held | None = None
-    seen: int = 0  # tokens that were computed at some time
-    jobs: int = 0  # that are not over and have no sequence of their own
-    waiting: list[Job] = field(default_factory=list)  # those of them that sit in a row; only while there is `held`
-
-
-@dataclass(eq=False)
-class Job:
-    """One response to a prompt."""
-
-    index: int
-    prompt: Prompt
-    limit: int  # tokens to draw, at most
-    drawn: int = 0
-    held: Held | None = None
-    seen: int = 0  # as the prompt's
-
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and response."""
-        return self.prompt.length + self.drawn
-
-
-@dataclass(eq=False)
-class Chunk:
-    """Tokens start..stop - 1 of a prompt, or of a job that was preempted, to be computed."""
-
-    owner: Prompt | Job
-    held: Held  # the owner's, even if a job takes it over in the same step
-    start: int
-    stop: int
-
-    @property
-    def is_last(self) -> bool:
-        """Whether nothing of the owner is left to compute after it."""
-        return self.stop == self.owner.length
-
-
-@dataclass(eq=False)
-class Plan:
-    """One step. Draws are made for `decode`, then for jobs whose last chunk is in it, then for `starts`."""
-
-    decode: list[Job]  # each computes its last token
-    chunks: list[Chunk] = field(default_factory=list)
-    starts: list[Job] = field(default_factory=list)  # draw their first token where their prompt ends
-    copies: list[tuple[int, int, int]] = field(default_factory=list)  # (group, from, to), after the forward pass
-
-    @property
-    def resumed(self) -> list[Job]:
-        """The jobs whose last chunk is in the plan."""
-        return [chunk.owner for chunk in self.chunks if chunk.is_last and isinstance(chunk.owner, Job)]
 
 
 class Scheduler:
@@ -130,6 +71,36 @@ class Scheduler:
                 return plan
             self._preempt()
 
+    def reserve(self, plan: Plan, most: int) -> int:
+        """Return for how many steps in a row, up to `most`, the plan can be run before anybody looks at its draws.
+
+        One, unless it only decodes and there are blocks for more. After `commit`, `again` gives the later ones.
+        """
+        if plan.chunks or plan.starts:
+            return 1
+        steps = min([most, *(job.limit - job.drawn for job in plan.decode)])
+        if steps == 1:
+            return 1
+        helds = [held for job in plan.decode if (held := job.held) is not None]
+        lengths = [held.length for held in helds]
+        for held in helds:
+            self.ledger.forget(held, held.length - 1)
+        if not self.ledger.fits(self.ledger.missing(helds, steps - 1)):
+            return 1
+        for held, length in zip(helds, lengths, strict=True):
+            self.ledger.extend(held, length + steps - 1)
+            held.length = length
+        return steps
+
+    def again(self, plan: Plan) -> Plan:
+        """Return the next of the steps that were reserved for a plan: what is left of its jobs."""
+        left = set(self.decoding)
+        decode = [job for job in plan.decode if job in left]
+        for job in decode:
+            if job.held is not None:
+                job.held.length += 1
+        return Plan(decode)
+
     def commit(self, plan: Plan, ended: Iterable[Job]) -> None:
         """Count the tokens that the plan drew, and let the jobs go that ended with them."""
         joined = [*plan.resumed, *plan.starts]
@@ -167,7 +138,7 @@ class Scheduler:
         while True:
             full = [held for job in self.decoding if (held := job.held) is not None and not held.length % BLOCK]
             for held in full:
-                self.ledger.forget(held)
+                self.ledger.forget(held, held.length)
             if self.ledger.fits([len(full)] * len(self.ledger.pools)):
                 break
             self._preempt()
@@ -202,7 +173,7 @@ class Scheduler:
             held = owner.held
             if held is None or not budget:
                 break
-            self.ledger.forget(held)
+            self.ledger.forget(held, held.length)
             start, stop = held.length, self.ledger.reach(held, min(owner.length, held.length + budget))
             if stop == start:
                 break  # those behind it must not take the blocks that it waits for

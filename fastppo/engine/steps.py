@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,8 +26,22 @@ def module_step(model: Any, cache: PagedCache, ids: Tensor, positions: Tensor, s
         return last_hidden(model, input_ids=ids[None], position_ids=positions[None].long(), use_cache=False)[0]
 
 
+class DecodeStep(Protocol):
+    """Another way to run `module_step` where every token is the last of its sequence."""
+
+    name: str
+
+    def refresh(self) -> bool:
+        """Look where the weights are now and which adapters are on; return whether it can run them."""
+
+    def __call__(self, ids: Tensor, positions: Tensor, sequences: Tensor) -> Tensor:
+        """Return the last hidden states (T, H), in the model's dtype."""
+
+
 class ProgramStep:
     """The same through the program. Raises NotImplementedError for models that have none, with the reason."""
+
+    name = "program"
 
     def __init__(self, model: Any, cache: PagedCache):
         program, reason = build_program(model)

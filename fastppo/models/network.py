@@ -207,5 +207,11 @@ def weight_version(model: nn.Module) -> tuple[int, ...]:
     """
     parameters = list(model.parameters())
     sums = [checksum.to(parameters[0].device) for checksum in map(ops.checksum, parameters)]
-    adapters = [(m.disable_adapters, m.active_adapters) for m in model.modules() if hasattr(m, "disable_adapters")]
-    return (zlib.crc32(repr(adapters).encode()), *torch.stack(sums).tolist())
+    return (zlib.crc32(repr(active_adapters(model)).encode()), *torch.stack(sums).tolist())
+
+
+def active_adapters(model: nn.Module) -> list[tuple[bool, tuple[str, ...]]]:
+    """Return, for each layer with adapters, whether they are off and which of them are in use."""
+    # transformers' own models have methods of these names.
+    layers: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
+    return [(layer.disable_adapters, tuple(layer.active_adapters)) for layer in layers]
