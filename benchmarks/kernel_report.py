@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.measure import versions
 from fastppo.kernels import (
+    int8_linear,
     logit_gradient,
     paged_attention,
     ppo,
@@ -133,6 +134,18 @@ def _paged_variants() -> Iterator[Variant]:
     yield Variant("paged_attention merge", paged_attention._merge_kernel, pointers, merge, launch)
 
 
+def _int8_variants() -> Iterator[Variant]:
+    blocks = {"BLOCK_N": int8_linear.BLOCK_N, "BLOCK_K": int8_linear.BLOCK_K}
+    pointers = {"codes_ptr": "i8", "x_ptr": "bf16", "*": "fp32"}
+    for rows, is_whole in ((16, False), (64, True)):
+        flags = {"ACC": tl.float32, "IS_WHOLE": is_whole, "BLOCK_M": rows}
+        name = f"int8_linear bf16 {rows} rows" + " in parts" * (not is_whole)
+        outputs = {"out_ptr": "bf16"} if is_whole else {}
+        yield Variant(name, int8_linear._part_kernel, pointers | outputs, flags | blocks, int8_linear.LAUNCH)
+    pointers, launch = {"out_ptr": "bf16", "*": "fp32"}, tile_statistics.MERGE_LAUNCH
+    yield Variant("int8_linear sum", int8_linear._sum_kernel, pointers, {"ACC": tl.float32, "WIDTH": 1024}, launch)
+
+
 def _row_variants() -> Iterator[Variant]:
     everything = {"HAS_SOFTCAP": True, "HAS_E": True}
     yield _statistics("row_statistics bf16", "bf16")
@@ -149,6 +162,7 @@ def _row_variants() -> Iterator[Variant]:
 def variants() -> Iterator[Variant]:
     """List what is compiled: each kernel as the default path launches it, and at its most demanding."""
     yield from _row_variants()
+    yield from _int8_variants()
     flags = {"HAS_OLD": True, "HAS_REF": True, "BLOCK": ppo.BLOCK}
     yield Variant("ppo_loss fp32", ppo._ppo_loss_kernel, {"*": "fp32"}, flags, row_statistics.LAUNCH)
     yield _tile("tile_statistics bf16", "bf16", 2)

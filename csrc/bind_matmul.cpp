@@ -21,7 +21,8 @@ T* at(Address address) {
 
 void small_matmul(std::tuple<std::int64_t, std::int64_t, std::int64_t> shape, std::tuple<Address, std::int64_t> x,
                   std::tuple<Address, std::int64_t, int, bool, Address> weight, std::tuple<Address, bool> bias,
-                  double scale, bool accumulate, std::tuple<Address, std::int64_t> out, int threads) {
+                  double scale, bool accumulate, std::tuple<Address, std::int64_t> out, bool is_row_invariant,
+                  int threads) {
   const auto [rows, inputs, outputs] = shape;
   const auto [x_data, x_stride] = x;
   const auto [weight_data, weight_stride, type, is_transposed, row_scales] = weight;
@@ -46,13 +47,13 @@ void small_matmul(std::tuple<std::int64_t, std::int64_t, std::int64_t> shape, st
       out_stride,
   };
   const py::gil_scoped_release release;
-  fastppo::small_matmul(matmul, threads);
+  fastppo::small_matmul(matmul, is_row_invariant, threads);
 }
 
 }  // namespace
 
 void bind_matmul(py::module_& module) {
   module.def("small_matmul", &small_matmul, py::arg("shape"), py::arg("x"), py::arg("weight"), py::arg("bias"),
-             py::arg("scale"), py::arg("accumulate"), py::arg("out"), py::arg("threads"),
+             py::arg("scale"), py::arg("accumulate"), py::arg("out"), py::arg("row_invariant"), py::arg("threads"),
              "Write the product of few rows with a weight matrix that stays as it lies in memory.");
 }

@@ -53,6 +53,9 @@ struct Vec {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
   }
+  static Vec load(const std::int8_t* at) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))))};
+  }
   void store(float* at) const { _mm512_storeu_ps(at, v); }
   void store(BFloat16* at) const {
 #if defined(__AVX512BF16__)
@@ -116,6 +119,9 @@ struct Vec {
   static Vec load(const BFloat16* at) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+  }
+  static Vec load(const std::int8_t* at) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at))))};
   }
   void store(float* at) const { _mm256_storeu_ps(at, v); }
   void store(BFloat16* at) const {
@@ -202,6 +208,9 @@ struct Vec {
     return out;
   }
   static Vec load(const BFloat16* at) {
+    return {Floats{to_float(at[0]), to_float(at[1]), to_float(at[2]), to_float(at[3])}};
+  }
+  static Vec load(const std::int8_t* at) {
     return {Floats{to_float(at[0]), to_float(at[1]), to_float(at[2]), to_float(at[3])}};
   }
   void store(float* at) const { __builtin_memcpy(at, &v, sizeof v); }

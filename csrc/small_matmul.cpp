@@ -33,9 +33,25 @@ void multiply(const SmallMatmul& matmul, void* packed, int threads) {
   kernels.part(matmul, packed, 0, 1);
 }
 
+void multiply_dots(const SmallMatmul& matmul, int threads) {
+  const SmallMatmulKernels& kernels = fastppo::kernels().small_matmul;
+#if defined(_OPENMP)
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    kernels.dots(matmul, omp_get_thread_num(), omp_get_num_threads());
+    return;
+  }
+#endif
+  kernels.dots(matmul, 0, 1);
+}
+
 }  // namespace
 
-void small_matmul(const SmallMatmul& matmul, int threads) {
+void small_matmul(const SmallMatmul& matmul, bool is_row_invariant, int threads) {
+  if (!is_row_invariant && is_int8(matmul.type) && !matmul.is_transposed && matmul.rows <= most_dot_rows) {
+    multiply_dots(matmul, threads);
+    return;
+  }
   SmallMatmul some = matmul;
   some.rows = matmul.rows < most_rows ? matmul.rows : most_rows;
   const std::int64_t bytes = kernels().small_matmul.packed_bytes(some.rows, some.inputs, some.type);

@@ -6,7 +6,10 @@
 
 namespace fastppo {
 
-enum class WeightType : int { float32 = 0, bfloat16 = 1, int8 = 2 };
+// int8_bfloat16 is int8, not transposed, for an x that loses nothing in bfloat16: the codes lose nothing there either.
+enum class WeightType : int { float32 = 0, bfloat16 = 1, int8 = 2, int8_bfloat16 = 3 };
+
+inline bool is_int8(WeightType type) { return type == WeightType::int8 || type == WeightType::int8_bfloat16; }
 
 // out[m, n] = scale * sum_k x[m, k] * w[n, k] + bias[n], added to out where `accumulate`. Sums are fp32. All strides
 // are in elements.
@@ -36,9 +39,14 @@ struct SmallMatmulKernels {
   void (*pack)(const SmallMatmul& matmul, void* packed, int thread, int num_threads);
   // A contiguous range of outputs, of all rows. No barrier inside; out is complete after the caller's.
   void (*part)(const SmallMatmul& matmul, const void* packed, int thread, int num_threads);
+  // The same for int8 weights that are not transposed and at most `most_dot_rows` rows: reads x as it lies.
+  void (*dots)(const SmallMatmul& matmul, int thread, int num_threads);
 };
 
-// The whole of it, on up to `threads` threads of its own.
-void small_matmul(const SmallMatmul& matmul, int threads);
+constexpr std::int64_t most_dot_rows = 8;
+
+// The whole of it, on up to `threads` threads of its own. Unless it must be row-invariant, few rows and int8 weights are
+// summed in another order, which is faster.
+void small_matmul(const SmallMatmul& matmul, bool is_row_invariant, int threads);
 
 }  // namespace fastppo

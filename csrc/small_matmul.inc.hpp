@@ -1,7 +1,7 @@
 // The matmul of few rows for one instruction set; included by the file that is compiled for it.
 #pragma once
 
-#include "small_matmul_words.inc.hpp"
+#include "small_matmul_dots.inc.hpp"
 
 namespace fastppo {
 namespace {
@@ -17,7 +17,7 @@ struct Finish {
   Finish(const SmallMatmul& m, std::int64_t output, std::int64_t count) : count(count), accumulate(m.accumulate) {
     for (std::int64_t o = 0; o < count; ++o) {
       const std::int64_t n = output + o;
-      factors[o] = m.type == WeightType::int8 ? m.scale * m.row_scales[n] : m.scale;
+      factors[o] = is_int8(m.type) ? m.scale * m.row_scales[n] : m.scale;
       offsets[o] = m.bias == nullptr     ? 0.0f
                    : m.bias_is_bfloat16 ? to_float(static_cast<const BFloat16*>(m.bias)[n])
                                         : static_cast<const float*>(m.bias)[n];
@@ -98,7 +98,8 @@ std::int64_t packed_bytes(std::int64_t rows, std::int64_t inputs, WeightType typ
 
 }  // namespace few_rows
 
-constexpr SmallMatmulKernels small_matmul_kernels = {few_rows::packed_bytes, few_rows::pack, few_rows::multiply_part};
+constexpr SmallMatmulKernels small_matmul_kernels = {few_rows::packed_bytes, few_rows::pack, few_rows::multiply_part,
+                                                       few_rows::multiply_dots};
 
 }  // namespace
 }  // namespace fastppo

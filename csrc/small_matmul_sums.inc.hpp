@@ -28,7 +28,9 @@ constexpr bool has_pairs = true;
 constexpr bool has_pairs = false;
 #endif
 
-inline bool uses_pairs(WeightType type) { return has_pairs && type == WeightType::bfloat16; }
+inline bool uses_pairs(WeightType type) {
+  return has_pairs && (type == WeightType::bfloat16 || type == WeightType::int8_bfloat16);
+}
 
 inline std::int64_t words_of(std::int64_t inputs, WeightType type) {
   return uses_pairs(type) ? (inputs + 1) / 2 : inputs;

@@ -32,6 +32,23 @@ inline void copy_pairs(const SmallMatmul& m, std::int64_t output, std::int64_t c
   }
 }
 
+// Codes as bfloat16, in which none of them loses anything.
+inline void copy_code_pairs(const SmallMatmul& m, std::int64_t output, std::int64_t count, std::int64_t begin,
+                            std::int64_t end, std::uint32_t* words) {
+  const std::int64_t size = end - begin, whole = size / Vec::width * Vec::width;
+  for (std::int64_t o = 0; o < tile_outputs; ++o, words += block_words) {
+    if (o >= count) {
+      __builtin_memset(words, 0, sizeof(float) * block_words);
+      continue;
+    }
+    const std::int8_t* from = static_cast<const std::int8_t*>(m.weight) + (output + o) * m.weight_stride + begin;
+    auto* to = reinterpret_cast<BFloat16*>(words);
+    for (std::int64_t k = 0; k < whole; k += Vec::width) Vec::load(from + k).store(to + k);
+    for (std::int64_t k = whole; k < size; ++k) from_float(from[k], to + k);
+    if (size % 2 != 0) to[size].bits = 0;
+  }
+}
+
 template <typename T>
 inline void copy_transposed(const SmallMatmul& m, std::int64_t output, std::int64_t count, std::int64_t begin,
                             std::int64_t end, float* words) {
@@ -60,21 +77,22 @@ inline void copy_transposed_pairs(const SmallMatmul& m, std::int64_t output, std
 }
 
 inline std::int64_t bytes_of(WeightType type) {
-  return type == WeightType::float32 ? 4 : type == WeightType::bfloat16 ? 2 : 1;
+  return type == WeightType::float32 ? 4 : is_int8(type) ? 1 : 2;
 }
 
 // The words of inputs [begin, end) of `count` outputs: in place where the kernel can read them so, else in `memory`.
 inline Weights find_weights(const SmallMatmul& m, std::int64_t output, std::int64_t count, std::int64_t begin,
                             std::int64_t end, float* memory) {
   const bool is_pairs = uses_pairs(m.type), is_float = m.type == WeightType::float32;
-  const bool is_readable = m.is_transposed ? is_float : is_float || (is_pairs && (end - begin) % 2 == 0);
+  const bool is_halves = is_pairs && !is_int8(m.type);
+  const bool is_readable = m.is_transposed ? is_float : is_float || (is_halves && (end - begin) % 2 == 0);
   if (is_readable && count == tile_outputs) {
     const std::int64_t bytes = bytes_of(m.type), row = m.weight_stride * bytes;
     const std::int64_t offset = m.is_transposed ? begin * row + output * bytes : output * row + begin * bytes;
     return {static_cast<const unsigned char*>(m.weight) + offset, m.is_transposed, row};
   }
   if (is_pairs) {
-    const auto copy = m.is_transposed ? &copy_transposed_pairs : &copy_pairs;
+    const auto copy = is_int8(m.type) ? &copy_code_pairs : m.is_transposed ? &copy_transposed_pairs : &copy_pairs;
     copy(m, output, count, begin, end, reinterpret_cast<std::uint32_t*>(memory));
   } else if (m.type == WeightType::float32) {
     (m.is_transposed ? &copy_transposed<float> : &copy_floats<float>)(m, output, count, begin, end, memory);
@@ -133,7 +151,7 @@ void pack(const SmallMatmul& m, void* packed, int thread, int num_threads) {
     const std::int64_t row = i / blocks * tile_rows, word = i % blocks * pack_words, lanes = lanes_of(m.rows - row);
     const float* from = m.x + row * m.x_stride + word * per_word;
     const std::int64_t rest = m.inputs - word * per_word, rows = m.rows - row < lanes ? m.rows - row : lanes;
-    const bool is_ready = m.type != WeightType::bfloat16 && rows == lanes && rest >= pack_words;
+    const bool is_ready = !uses_pairs(m.type) && m.type != WeightType::bfloat16 && rows == lanes && rest >= pack_words;
     if (!is_ready) {
       for (std::int64_t r = 0; r < rows; ++r) pack_row(from + r * m.x_stride, rest, m.type, words + r * pack_words);
       __builtin_memset(words + rows * pack_words, 0, 4 * static_cast<std::size_t>((lanes - rows) * pack_words));

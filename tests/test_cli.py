@@ -262,3 +262,17 @@ def test_a_fault_inside_a_reward_module_is_not_hidden(here):
     (here / "faulty_reward.py").write_text("import not_installed_anywhere\n")
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
         load_reward("faulty_reward:f")
+
+
+def test_inspect_compares_a_quantised_model_with_its_base(workplace, capsys):
+    (workplace / "texts.jsonl").write_text('{"text": "a b c d"}\n{"text": "p o"}\n')
+    given = ["inspect", "--model_name_or_path", str(workplace / "model"), "--texts", str(workplace / "texts.jsonl")]
+    assert main([*given, "--load_in_8bit", "true"]) == 0
+    shown = capsys.readouterr().out
+    assert "4 tokens of 2 texts" in shown
+    mean, largest = (float(word) for word in shown.split("off by ")[1].split(" at most")[0].split(" in the mean, "))
+    assert 0 < mean <= largest < 0.05
+    assert main(given) == 2
+    assert "add load_in_8bit or _4bit" in capsys.readouterr().err
+    assert main([*given, "--load_in_8bit", "true", "--text_column", "body"]) == 2
+    assert "has no column 'body', only ['text']" in capsys.readouterr().err

@@ -77,6 +77,14 @@ def test_half_precision_attention_goes_to_the_tensor_cores(capability):
     assert kernel_report.figures("paged_attention fp32 all", capability)["tensor_core"] == 0
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", ["int8_linear bf16 16 rows in parts", "int8_linear bf16 64 rows"])
+def test_codes_become_operands_of_the_tensor_cores(name, capability):
+    found = kernel_report.figures(name, capability)
+    assert found["tensor_core"] >= 4
+    assert found["load_128"] + found["async_load_128"] >= 4
+
+
 def test_fp32_tiles_keep_their_24_bits():
     """A tensor core would round them to 11 bits."""
     assert kernel_report.figures("tile_statistics fp32 all", 90)["tensor_core"] == 0

@@ -137,3 +137,18 @@ def test_paged_attention(dtype, more):
         truth = attend_one(q[row : row + 1].double(), k, v, scale=0.1, **more)[0]
         tolerance = 2e-6 if dtype == torch.float32 else 1e-2
         torch.testing.assert_close(found[row].double(), truth, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 32, 64])
+@pytest.mark.parametrize(("inputs", "outputs"), [(4096, 4096), (4096, 14336), (14336, 4096), (1000, 77)])
+def test_int8_linear(rows, inputs, outputs):
+    from fastppo.kernels.int8_linear import int8_linear
+
+    x = torch.randn(rows, inputs, device=DEVICE).bfloat16()
+    codes = torch.randint(-127, 128, (outputs, inputs), device=DEVICE).to(torch.int8)
+    scales = torch.rand(outputs, device=DEVICE) / 127
+    found = int8_linear(x, codes, scales)
+    truth = x.double() @ (codes.double() * scales.double()[:, None]).t()
+    torch.testing.assert_close(found.double(), truth, rtol=2**-8, atol=2**-8 * float(truth.abs().mean()))
+    for row in (0, rows - 1):
+        assert torch.equal(found[row], int8_linear(x[row : row + 1], codes, scales)[0])

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastppo.engine.program import Program, build_program
 from fastppo.engine.tracing import UnsupportedModelError
+from fastppo.models.loading import adopt_quantised
 
 _native = pytest.importorskip("fastppo._native", reason="fastppo was installed without its C++ extension")
 
@@ -114,6 +115,7 @@ def test_eight_bit_weights_are_their_codes_times_the_scales_of_their_rows():
             twin.set_submodule(name, eight)
             with torch.no_grad():
                 model.get_submodule(name).weight.copy_(codes * largest[:, None] / 127)
+    adopt_quantised(twin)
     assert_agrees(program_of(twin), model)
 
 

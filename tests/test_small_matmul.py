@@ -27,7 +27,9 @@ def address_of(part):
     return 0 if part is None else part.data_ptr()
 
 
-def run(x, weight, *, transposed=False, scales=None, bias=None, scale=1.0, out=None, threads=1):
+def run(
+    x, weight, *, transposed=False, scales=None, bias=None, scale=1.0, out=None, threads=1, type=None, invariant=True
+):
     """Multiply by the C++ code; add to `out` where it is given."""
     rows, inputs = x.shape
     outputs = weight.shape[1 if transposed else 0]
@@ -35,11 +37,12 @@ def run(x, weight, *, transposed=False, scales=None, bias=None, scale=1.0, out=N
     NATIVE.small_matmul(
         (rows, inputs, outputs),
         (x.data_ptr(), x.stride(0)),
-        (weight.data_ptr(), weight.stride(0), WEIGHT_TYPES[weight.dtype], transposed, address_of(scales)),
+        (weight.data_ptr(), weight.stride(0), type or WEIGHT_TYPES[weight.dtype], transposed, address_of(scales)),
         (address_of(bias), bias is not None and bias.dtype == torch.bfloat16),
         scale,
         out is not None,
         (target.data_ptr(), target.stride(0)),
+        invariant,
         threads,
     )
     return target
@@ -74,6 +77,34 @@ def test_agrees_with_fp64(isa, inputs, outputs, dtype, transposed):
         expected, size = product_in_fp64(x, weight, transposed, scales)
         found = run(x, weight, transposed=transposed, scales=scales)
         assert ((found.double() - expected).abs() <= 4e-6 * size + 1e-30).all(), rows
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [*SHAPES, (2100, 70)])
+def test_codes_agree_with_fp64_however_they_are_summed(isa, inputs, outputs):
+    weight, scales = make_weight(outputs, inputs, torch.int8)
+    for rows, invariant, type in itertools.product((1, 2, 3, 5, 7, 8, 9, 33, 70), (False, True), (2, 3)):
+        x = torch.randn(rows, inputs + 2)[:, :inputs].bfloat16().float()
+        expected, size = product_in_fp64(x, weight, scales=scales)
+        bias, out = torch.randn(outputs), torch.randn(rows, outputs)
+        how = {"scales": scales, "type": type, "invariant": invariant}
+        found = run(x, weight, bias=bias, **how)
+        assert ((found.double() - expected - bias.double()).abs() <= 4e-6 * (size + 1)).all(), (rows, how)
+        before = out.double()
+        run(x, weight, out=out, scale=-2.0, **how)
+        assert ((out.double() + 2 * expected - before).abs() <= 8e-6 * (size + 1)).all(), (rows, how)
+        assert run(x, weight, threads=3, **how).equal(run(x, weight, **how))
+
+
+@pytest.mark.parametrize("type", [2, 3])
+def test_a_row_of_codes_is_the_same_beside_more_or_fewer_rows(isa, type):
+    weight, scales = make_weight(45, 1100, torch.int8)
+    x = torch.randn(70, 1100).bfloat16().float()
+    whole = run(x, weight, scales=scales, type=type)
+    few = run(x[:8], weight, scales=scales, type=type, invariant=False)
+    for rows in (1, 3, 8):
+        assert run(x[:rows], weight, scales=scales, type=type).equal(whole[:rows])
+        assert run(x[:rows], weight, scales=scales, type=type, invariant=False).equal(few[:rows])
+    assert run(x[:9], weight, scales=scales, type=type, invariant=False).equal(whole[:9])
 
 
 def test_weights_in_one_piece(isa):
@@ -194,6 +225,9 @@ def test_small_linear_is_a_linear_layer_with_fp32_sums(backend, dtype):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"weight": torch.ones(3, 5, dtype=torch.int8)}, "weight is torch.int8 and scales are not given: int8 needs"),
+        ({"scales": torch.ones(3)}, "weight is torch.float32 and scales are given"),
+        ({"weight": torch.ones(3, 5, dtype=torch.int8), "scales": torch.ones(4)}, r"scales are torch.float32 \(4,\)"),
         ({"x": torch.randn(4, 6)}, r"x is \(4, 6\) and weight \(3, 5\)"),
         ({"x": torch.ones(4, 5, dtype=torch.int64)}, "x is torch.int64, expected a floating dtype"),
         ({"bias": torch.randn(4)}, r"bias is torch.float32 \(4,\)"),
@@ -206,4 +240,4 @@ def test_small_linear_is_a_linear_layer_with_fp32_sums(backend, dtype):
 def test_small_linear_refuses_what_does_not_fit(change, message):
     given = {"x": torch.randn(4, 5), "weight": torch.randn(3, 5), "bias": None, "out": None} | change
     with pytest.raises(ValueError, match=message):
-        ops.small_linear(given["x"], given["weight"], given["bias"], out=given["out"])
+        ops.small_linear(**given)

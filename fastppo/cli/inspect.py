@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from fastppo.attention import LayerShape
 from fastppo.cli.arguments import parse_dataclasses
-from fastppo.cli.loading import check_directory
+from fastppo.cli.loading import check_directory, load_tokenizer
 
 _TIERS = {
     "A": "paged cache on fastppo's attention",
@@ -27,6 +29,16 @@ class InspectArguments:
 
     model_name_or_path: str
     """Directory or hub name of a language model or of an adapter."""
+    load_in_8bit: bool = False
+    """Load the base in 8 bits."""
+    load_in_4bit: bool = False
+    """Load the base in 4 bits."""
+    texts: str | None = None
+    """File or dataset of texts on which the 8-bit or 4-bit model is compared with the unquantised one."""
+    text_column: str = "text"
+    """The column of `texts`."""
+    max_texts: int = 64
+    """Texts to compare on, at most."""
     config: str | None = None
     """YAML file of flags; those on the command line override it."""
 
@@ -37,19 +49,51 @@ def inspect(arguments: list[str]) -> int:
     check_directory(options.model_name_or_path, "check model_name_or_path")
     from transformers.utils import logging as transformers_logging
 
-    from fastppo.models.loading import load_base
-
+    quantised = {name: True for name in ("load_in_8bit", "load_in_4bit") if getattr(options, name)}
+    if options.texts is not None and not quantised:
+        raise ValueError(f"texts={options.texts!r} compare a quantised model with its base: add load_in_8bit or _4bit")
+    sequences = None if options.texts is None else _read_texts(options)
     # The probe runs the model in ways that it warns of; what comes of them is in the table.
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
-        rows = describe(load_base(options.model_name_or_path).model)
+        rows = describe(_load(options, quantised))
+        rows += [] if sequences is None else _accuracy(options, quantised, sequences)
     finally:
         transformers_logging.set_verbosity(level)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:{width}}  {value}".rstrip())
     return 0
+
+
+def _load(options: InspectArguments, quantised: dict[str, bool]) -> Any:
+    from fastppo.models.loading import load_base
+
+    return load_base(options.model_name_or_path, **quantised).model
+
+
+def _read_texts(options: InspectArguments) -> list[Tensor]:
+    from fastppo.cli.data import read_rows
+
+    rows = read_rows(str(options.texts), limit=options.max_texts)
+    if options.text_column not in rows[0]:
+        raise ValueError(f"{options.texts} has no column {options.text_column!r}, only {sorted(rows[0])}")
+    tokenizer = load_tokenizer(options.model_name_or_path)
+    return [tokenizer(row[options.text_column], return_tensors="pt").input_ids[0] for row in rows]
+
+
+def _accuracy(options: InspectArguments, quantised: dict[str, bool], sequences: list[Tensor]) -> list[tuple[str, str]]:
+    """Compare the quantised model with what it was made from."""
+    from fastppo.models.accuracy import compare
+
+    found = compare(_load(options, {}), _load(options, quantised), sequences)
+    return [
+        ("quantised", f"{found.tokens:,} tokens of {len(sequences)} texts, against the unquantised model"),
+        ("  log-probs", f"off by {found.mean_gap:.3g} in the mean, {found.max_gap:.3g} at most"),
+        ("  KL", f"{found.mean_kl:.3g} nats in the mean, {found.max_kl:.3g} at most"),
+        ("  perplexity", f"{found.other_perplexity:.4g}, unquantised {found.perplexity:.4g}"),
+    ]
 
 
 def describe(model: Any) -> list[tuple[str, str]]:

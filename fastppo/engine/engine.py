@@ -24,6 +24,7 @@ from fastppo.engine.tiers import slower_decoder
 from fastppo.engine.windowed import WindowDecoder
 from fastppo.models import probe
 from fastppo.models.exact import NOT_EXACT, exact_linears
+from fastppo.models.loading import adopt_quantised
 from fastppo.models.network import causal_lm, weight_version
 from fastppo.ops.attention import has_paged_kernels
 from fastppo.types import Rollout
@@ -64,6 +65,7 @@ class Engine:
         for name, value in (("max_rows", max_rows), ("kv_memory", kv_memory), ("prefill_tokens", prefill_tokens)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        adopt_quantised(model)
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.seed = max_rows, seed
         self.kv_memory, self.prefill_tokens = kv_memory, prefill_tokens

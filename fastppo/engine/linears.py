@@ -67,22 +67,14 @@ def read_linear(module: Any) -> Matrix:
     module = active(module)
     base = active(module.get_base_layer()) if hasattr(module, "base_layer") else module
     bias = None if getattr(base, "bias", None) is None else base.bias.detach().float()
-    if type(base).__name__ == "Linear8bitLt":
-        codes, scales = _int8(base)
-        return Matrix(codes, False, scales / 127, bias, _adapters(module))
+    if hasattr(base, "codes_and_scales"):
+        codes, scales = base.codes_and_scales()
+        return Matrix(_readable(codes), False, scales.contiguous(), bias, _adapters(module))
     is_transposed = type(base).__name__ == "Conv1D" and hasattr(base, "nf")
     is_plain = isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward
     if not is_transposed and not is_plain:
         raise UnsupportedModelError(f"{type(base).__name__} is no linear layer that is known here")
     return Matrix(_readable(base.weight), is_transposed, None, bias, _adapters(module))
-
-
-def _int8(module: Any) -> tuple[Tensor, Tensor]:
-    """Return bitsandbytes' int8 codes (outputs, inputs) and the largest magnitude (outputs,) of each row."""
-    for holder in (module.weight, module.state):
-        if getattr(holder, "CB", None) is not None and holder.SCB is not None:
-            return _readable(holder.CB), holder.SCB.detach().float().contiguous()
-    raise UnsupportedModelError("a Linear8bitLt is not quantised yet: move the model to its device first")
 
 
 def _readable(weight: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def exact_linears(model: nn.Module) -> Iterator[None]:
         if kind in (nn.Linear, Conv1D) and "v_head" not in name and "forward" not in vars(module):
             replaced.append(module)
             module.forward = partial(_linear if kind is nn.Linear else _conv1d, module)
-        elif isinstance(module, nn.Linear) and kind.__module__.startswith("bitsandbytes"):
+        elif isinstance(module, nn.Linear) and kind.__name__ == "Linear4Bit":
             raise NotImplementedError(f"consistency='exact' does not know {kind.__name__} ({name}); use 'bounded'")
     try:
         with row_invariant():

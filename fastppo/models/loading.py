@@ -104,20 +104,28 @@ def _load_adapter(name: str, is_trainable: bool, *model_args: Any, **kwargs: Any
     _check_peft_config(config)
     dtype = torch.float32 if getattr(config, "modules_to_save", None) else "auto"
     base = _load_transformers(str(config.base_model_name_or_path), *model_args, **{"dtype": dtype, **kwargs})
+    adopt_quantised(base)
     return PeftModel.from_pretrained(base, name, is_trainable=is_trainable)
 
 
 def _with_adapter(model: Any, peft_config: Any) -> Any:
     _check_peft_config(getattr(model, "active_peft_config", None))
+    adopt_quantised(model)
     if peft_config is None:
         return model
-    from peft import get_peft_model, prepare_model_for_kbit_training
+    from peft import get_peft_model
 
     if hasattr(model, "peft_config"):
         raise ValueError("the model has an adapter already; pass it without peft_config, or pass its base model")
-    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return get_peft_model(model, peft_config)
+
+
+def adopt_quantised(model: Any) -> None:
+    """Let bitsandbytes' quantised layers compute with one meaning from here on; see `models.bnb_linears`."""
+    if any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
+        from fastppo.models.bnb_linears import adopt
+
+        adopt(model)
 
 
 def _find(name: str, file: str, **hub: Any) -> str | None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastppo.models.loading import adopt_quantised
+
 _PATTERNS = ("transformer.h.{layer}", "model.decoder.layers.{layer}", "gpt_neox.layers.{layer}", "model.layers.{layer}")
 REFERENCE_ADAPTER = "fastppo_reference"
 
@@ -54,6 +56,7 @@ class Reference:
         elif ref_model is None:
             self._has_adapter = _keep_trained_adapter(model.pretrained_model)
         if self.ref_model is not None:
+            adopt_quantised(self.ref_model)
             self.ref_model.requires_grad_(False).eval()
 
     @contextmanager

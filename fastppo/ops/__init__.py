@@ -12,6 +12,7 @@ from fastppo.ops.logprobs import linear_kl, linear_logprobs
 from fastppo.ops.loss import linear_loss
 from fastppo.ops.matmul import small_linear
 from fastppo.ops.ppo_loss import PPOLoss, ppo_loss
+from fastppo.ops.quantised import int8_linear
 from fastppo.ops.sampling import sample_tokens
 from fastppo.reference import clipped_policy_loss, clipped_value_loss, kl_penalty, scaled_logits, whiten
 from fastppo.reference_sampling import uniforms
@@ -26,6 +27,7 @@ __all__ = [
     "clipped_value_loss",
     "gae",
     "gated_activation",
+    "int8_linear",
     "kl_penalty",
     "linear_kl",
     "linear_logprobs",
