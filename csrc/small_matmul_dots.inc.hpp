@@ -2,54 +2,75 @@
 // reading them is what takes the time.
 #pragma once
 
-#include "small_matmul_words.inc.hpp"
+#include "sampling.hpp"
+#include "small_matmul_finish.inc.hpp"
 
 namespace fastppo {
 namespace {
 namespace few_rows {
 
-// Inputs whose x, of all rows, stays in the first cache while the outputs pass by.
+// Inputs whose x, of all rows, stays in the first cache while the outputs pass by, and outputs whose sums wait meanwhile.
 constexpr std::int64_t dot_inputs = 1024;
-// Outputs whose sums wait while that happens.
 constexpr std::int64_t dot_outputs = 64;
-// Cache lines ahead of the reading, in the same row and in the rows of the next outputs.
+// How far ahead of the reading a row of codes is asked for.
 constexpr std::int64_t dot_ahead = 512;
 
+// The words of x and of codes that are multiplied at a time: a float each, or two bfloat16.
+inline Vec load_words(const float* at) { return Vec::load(at); }
+inline Vec load_words(const BFloat16* at) {
+  Vec words;
+  __builtin_memcpy(&words, at, sizeof words);
+  return words;
+}
+
+inline Vec widen_codes(const std::int8_t* at, const float*) { return Vec::load(at); }
+inline Vec widen_codes(const std::int8_t* at, const BFloat16*) {
+#if defined(__AVX512BF16__)
+  return {reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(Vec::load(at + Vec::width).v, Vec::load(at).v))};
+#else
+  return Vec::load(at);  // never called
+#endif
+}
+
+inline Vec add_products(Vec x, Vec codes, Vec total, const float*) { return fma(x, codes, total); }
+inline Vec add_products(Vec x, Vec codes, Vec total, const BFloat16*) { return fma_pairs(x, codes, total); }
+
 // Add the dot products of `outputs` rows of codes with `rows` rows of x over [0, size) to sums[output][rows].
-template <int rows, int outputs>
-inline void add_dots(const float* x, std::int64_t x_stride, const std::int8_t* codes, std::int64_t stride,
+template <int rows, int outputs, typename T>
+inline void add_dots(const T* x, std::int64_t x_stride, const std::int8_t* codes, std::int64_t stride,
                      std::int64_t size, float* sums) {
+  constexpr int width = Vec::width * static_cast<int>(sizeof(float) / sizeof(T));
   Vec totals[outputs][rows];
 #pragma GCC unroll 8
   for (int o = 0; o < outputs; ++o) {
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) totals[o][r] = Vec::of(0);
   }
-  const std::int64_t whole = size / Vec::width * Vec::width;
-  for (std::int64_t k = 0; k < whole; k += Vec::width) {
-    Vec inputs[rows];
+  const std::int64_t whole = size / width * width;
+  for (std::int64_t k = 0; k < whole; k += width) {
+    Vec words[rows];
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) inputs[r] = Vec::load(x + r * x_stride + k);
+    for (int r = 0; r < rows; ++r) words[r] = load_words(x + r * x_stride + k);
 #pragma GCC unroll 8
     for (int o = 0; o < outputs; ++o) {
-      const Vec weights = Vec::load(codes + o * stride + k);
       if (k % 64 == 0) __builtin_prefetch(codes + o * stride + k + dot_ahead, 0, 3);
+      const Vec weights = widen_codes(codes + o * stride + k, x);
 #pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) totals[o][r] = fma(inputs[r], weights, totals[o][r]);
+      for (int r = 0; r < rows; ++r) totals[o][r] = add_products(words[r], weights, totals[o][r], x);
     }
   }
   for (int o = 0; o < outputs; ++o) {
     for (int r = 0; r < rows; ++r) {
       float total = sum(totals[o][r]);
-      for (std::int64_t k = whole; k < size; ++k) total += x[r * x_stride + k] * to_float(codes[o * stride + k]);
+      for (std::int64_t k = whole; k < size; ++k) total += to_float(x[r * x_stride + k]) * to_float(codes[o * stride + k]);
       sums[o * rows + r] += total;
     }
   }
 }
 
 // The outputs [begin, end) of `rows` rows.
-template <int rows>
-void dot_rows(const SmallMatmul& m, std::int64_t begin, std::int64_t end) {
+template <int rows, typename T>
+void dot_rows(const SmallMatmul& m, const T* x, std::int64_t x_stride, std::int64_t begin, std::int64_t end) {
   // As many sums as there are registers for beside their operands.
   constexpr int most = Vec::width == 16 ? 16 : 8, outputs = most / rows < 8 ? most / rows : 8;
   float sums[dot_outputs * rows];
@@ -58,37 +79,41 @@ void dot_rows(const SmallMatmul& m, std::int64_t begin, std::int64_t end) {
     const std::int64_t count = end - n < dot_outputs ? end - n : dot_outputs;
     __builtin_memset(sums, 0, sizeof sums);
     for (std::int64_t k = 0; k < m.inputs; k += dot_inputs) {
-      const std::int64_t size = m.inputs - k < dot_inputs ? m.inputs - k : dot_inputs;
-      const float* x = m.x + k;
-      const std::int8_t* codes = weight + n * m.weight_stride + k;
+      const std::int64_t size = m.inputs - k < dot_inputs ? m.inputs - k : dot_inputs, stride = m.weight_stride;
+      const std::int8_t* codes = weight + n * stride + k;
       std::int64_t o = 0;
       for (; o + outputs <= count; o += outputs) {
-        add_dots<rows, outputs>(x, m.x_stride, codes + o * m.weight_stride, m.weight_stride, size, sums + o * rows);
+        add_dots<rows, outputs>(x + k, x_stride, codes + o * stride, stride, size, sums + o * rows);
       }
-      for (; o < count; ++o) {
-        add_dots<rows, 1>(x, m.x_stride, codes + o * m.weight_stride, m.weight_stride, size, sums + o * rows);
-      }
+      for (; o < count; ++o) add_dots<rows, 1>(x + k, x_stride, codes + o * stride, stride, size, sums + o * rows);
     }
     for (std::int64_t o = 0; o < count; ++o) {
-      const float factor = m.scale * m.row_scales[n + o];
-      const float offset = m.bias == nullptr     ? 0.0f
-                           : m.bias_is_bfloat16 ? to_float(static_cast<const BFloat16*>(m.bias)[n + o])
-                                                : static_cast<const float*>(m.bias)[n + o];
-      for (std::int64_t r = 0; r < rows; ++r) {
-        float* out = m.out + r * m.out_stride + n + o;
-        const float value = sums[o * rows + r] * factor + offset;
-        *out = m.accumulate ? *out + value : value;
-      }
+      const Finish finish(m, n + o, 1);
+      for (std::int64_t r = 0; r < rows; ++r) finish.write(sums + o * rows + r, m.out + r * m.out_stride + n + o, 1);
     }
   }
 }
 
+template <typename T>
+void dot_any(const SmallMatmul& m, const T* x, std::int64_t x_stride, std::int64_t begin, std::int64_t end) {
+  using Run = void (*)(const SmallMatmul&, const T*, std::int64_t, std::int64_t, std::int64_t);
+  constexpr Run runs[most_dot_rows] = {&dot_rows<1, T>, &dot_rows<2, T>, &dot_rows<3, T>, &dot_rows<4, T>,
+                                       &dot_rows<5, T>, &dot_rows<6, T>, &dot_rows<7, T>, &dot_rows<8, T>};
+  if (m.rows > 0) runs[m.rows - 1](m, x, x_stride, begin, end);
+}
+
 void multiply_dots(const SmallMatmul& m, int thread, int num_threads) {
   const std::int64_t begin = m.outputs * thread / num_threads, end = m.outputs * (thread + 1) / num_threads;
-  using Run = void (*)(const SmallMatmul&, std::int64_t, std::int64_t);
-  constexpr Run runs[most_dot_rows] = {&dot_rows<1>, &dot_rows<2>, &dot_rows<3>, &dot_rows<4>,
-                                       &dot_rows<5>, &dot_rows<6>, &dot_rows<7>, &dot_rows<8>};
-  if (m.rows > 0) runs[m.rows - 1](m, begin, end);
+  if (!uses_pairs(m.type)) return dot_any(m, m.x, m.x_stride, begin, end);
+  auto* halves = static_cast<BFloat16*>(thread_scratch(sizeof(BFloat16) * static_cast<std::size_t>(m.rows * m.inputs)));
+  const std::int64_t whole = m.inputs / Vec::width * Vec::width;
+  for (std::int64_t r = 0; r < m.rows; ++r) {
+    const float* from = m.x + r * m.x_stride;
+    BFloat16* to = halves + r * m.inputs;
+    for (std::int64_t k = 0; k < whole; k += Vec::width) Vec::load(from + k).store(to + k);
+    for (std::int64_t k = whole; k < m.inputs; ++k) from_float(from[k], to + k);
+  }
+  dot_any(m, static_cast<const BFloat16*>(halves), m.inputs, begin, end);
 }
 
 }  // namespace few_rows

@@ -60,6 +60,11 @@ def small_linear(
         torch.mm(x, weight.float().t(), out=out)
         out = out if scales is None else out.mul_(scales)
         return out if bias is None else out.add_(bias)
+    return multiply(x, weight, bias, scales, out)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, out: Tensor) -> Tensor:
+    """Do `small_linear` on the native backend, on what belongs together."""
     is_transposed = weight.stride(0) == 1 and weight.stride(1) != 1
     is_half = scales is not None and x.dtype == torch.bfloat16 and not is_transposed
     # Named here, so that what is copied lives until the call ends.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops.backends import backend, on_device
-from fastppo.ops.matmul import FLOAT_TYPES, is_row_invariant, small_linear
+from fastppo.ops.matmul import FLOAT_TYPES, is_row_invariant, multiply
 
 # Codes are turned into floats so many bytes at a time: on a CPU a part that its cache holds, on a GPU one large
 # enough to keep the matmul busy.
@@ -30,7 +30,10 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = 
     Inside `row_invariant` on the native backend a row's result depends on that row alone. Raises ValueError.
     """
     _check(x, codes, scales, bias)
-    product: Tensor = _Int8Linear.apply(x, codes, scales)
+    if torch.is_grad_enabled() and x.requires_grad:
+        product: Tensor = _Int8Linear.apply(x, codes, scales)
+    else:  # a decode step is a hundred of these, which are over sooner than autograd has looked at them
+        product = _forward(x.reshape(-1, x.shape[-1]), codes, scales).view(*x.shape[:-1], len(codes))
     return product if bias is None else product + bias.to(product.dtype)
 
 
@@ -54,8 +57,8 @@ class _Int8Linear(torch.autograd.Function):
 
 def _forward(rows: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     kind = backend(rows.device)
-    if kind == "native" and rows.dtype in FLOAT_TYPES and (is_row_invariant() or len(rows) <= FEW_ROWS):
-        return small_linear(rows, codes, scales=scales).to(rows.dtype)
+    if kind == "native" and rows.dtype in FLOAT_TYPES and (len(rows) <= FEW_ROWS or is_row_invariant()):
+        return multiply(rows, codes, None, scales, rows.new_empty(len(rows), len(codes), dtype=torch.float32)).to(rows)
     if kind == "triton" and rows.dtype == torch.bfloat16 and len(rows) <= FEW_ROWS:
         from fastppo.kernels.int8_linear import int8_linear as few_rows
 
