@@ -28,6 +28,7 @@ from fastppo.atomic import Pathlike, atomic_directory, write_json
 
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-\d+")
+_HIDDEN = "__bnb_optimizer_quant_state__"
 
 
 def save_checkpoint(directory: Pathlike, model: Any, tokenizer: Any, optimizer: Any, state: dict[str, Any]) -> Path:
@@ -134,8 +135,10 @@ def _load_adapter(model: Any, saved: dict[str, Tensor]) -> list[str]:
 def _optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any], list[dict[str, Any]]]:
     """Return the tensors and the plain values that an optimiser keeps for its parameters, and its groups."""
     state = optimizer.state_dict()
+    for entries in state["state"].values():  # bitsandbytes puts its tensors where FSDP does not see them
+        entries.update(entries.pop(_HIDDEN, {}))
     kept = {f"{number}.{name}": value for number, entries in state["state"].items() for name, value in entries.items()}
-    tensors = {key: value.detach().cpu().contiguous() for key, value in kept.items() if isinstance(value, Tensor)}
+    tensors = _apart({key: value.detach().cpu() for key, value in kept.items() if isinstance(value, Tensor)})
     numbers = {key: value for key, value in kept.items() if key not in tensors}
     for key, value in numbers.items():
         if not (value is None or isinstance(value, (bool, int, float, str))):
@@ -144,6 +147,15 @@ def _optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any],
                 "; train with an optimiser that does, such as AdamW, or without checkpoints"
             )
     return tensors, numbers, state["param_groups"]
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with a place of its own for each, as safetensors wants it: 8-bit moments share code books."""
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        tensors[key] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+        seen.add(tensor.data_ptr())
+    return tensors
 
 
 def _load_optimizer(optimizer: Any, kept: dict[str, Any], groups: list[dict[str, Any]]) -> None:
@@ -155,6 +167,17 @@ def _load_optimizer(optimizer: Any, kept: dict[str, Any], groups: list[dict[str,
         number, name = key.split(".", 1)
         state.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if getattr(optimizer, "is_paged", False):
+        _page(optimizer)
+
+
+def _page(optimizer: Any) -> None:
+    """Put loaded moments into the pages of a paged optimiser of bitsandbytes, which would leave them on the GPU."""
+    for parameter, entries in optimizer.state.items():
+        for name in ("state1", "state2"):
+            loaded = entries[name]
+            entries[name] = optimizer.get_state_buffer(parameter, dtype=loaded.dtype)
+            entries[name].copy_(loaded)
 
 
 def _random_tensors() -> dict[str, Tensor]:

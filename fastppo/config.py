@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-KL_PENALTIES = ("kl", "abs", "mse", "full", "k1", "k2", "k3")
-COMPAT = "trl-0.7"
+from fastppo.rules import COMPAT, RULES, holds
 
 
 @dataclass
@@ -92,6 +91,9 @@ class PPOConfig:
     missing_eos_penalty: float | None = None
     """Subtracted from the score of a response that does not end in an end-of-sequence token."""
     gradient_checkpointing: bool = False
+    """Keep only what enters a layer, and compute the layer again in the backward pass."""
+    activation_offload: bool = False
+    """On a GPU: keep what the backward pass needs in host memory."""
     consistency: str = "bounded"
     """Recorded log-probs are the update's: bounded (up to rounding, which is measured) or exact (bit for bit)."""
     rescore_every: int = 10
@@ -100,6 +102,10 @@ class PPOConfig:
     """Largest importance weight of a token whose recorded log-prob was refused."""
     bf16: bool = False
     """Compute in bf16; the optimiser keeps fp32 masters."""
+    optim: str = "adam"
+    """adam, adamw_torch, or one of bitsandbytes': adamw_8bit, paged_adamw_32bit, paged_adamw_8bit."""
+    weight_decay: float = 0.0
+    """Of the optimisers named adamw: the share of a weight, times the learning rate, that each step takes from it."""
     overlong_prompts: str = "error"
     """What `train` does with prompts that do not fit the context: error, drop or truncate (from the left)."""
     max_skipped_steps: int = 5
@@ -127,10 +133,15 @@ class PPOConfig:
     def check(self) -> None:
         """Raise ValueError, with the value, the expectation and the remedy, if a setting cannot work."""
         self._adopt_old_names()
-        for name, is_right, expectation in _RULES:
+        for name, is_right, expectation in RULES:
             value = getattr(self, name)
-            if not _holds(is_right, value) and not (value is None and name in _OPTIONAL):
+            if not holds(is_right, value) and not (value is None and name in _OPTIONAL):
                 raise ValueError(f"PPOConfig.{name} must be {expectation}, got {value!r}")
+        if self.weight_decay and "adamw" not in self.optim:
+            raise ValueError(
+                f"PPOConfig.weight_decay={self.weight_decay!r} has no effect with optim={self.optim!r}; choose "
+                "optim='adamw_torch', or leave weight_decay at 0"
+            )
         per_step = self.gradient_accumulation_steps
         self.backward_batch_size = self.micro_batch_size * per_step
         if self.batch_size % self.backward_batch_size:
@@ -159,54 +170,6 @@ class PPOConfig:
         return self.compat == COMPAT
 
 
-def _holds(is_right: Callable[[Any], bool], value: Any) -> bool:
-    try:
-        return is_right(value)
-    except (TypeError, ValueError, OverflowError):  # a text where a number belongs: YAML reads 1e-5 as one
-        return False
-
-
-def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
-    return (lambda value: value in names), "one of " + ", ".join(names)
-
-
-_POSITIVE: tuple[Callable[[Any], bool], str] = (lambda value: value > 0), "greater than 0"
-_AT_LEAST_0: tuple[Callable[[Any], bool], str] = (lambda value: value >= 0), "at least 0"
-_COUNT: tuple[Callable[[Any], bool], str] = (lambda value: value == int(value) and value >= 1), "a whole number from 1"
-_SHARE: tuple[Callable[[Any], bool], str] = (lambda value: 0 <= value <= 1), "between 0 and 1"
-_RULES: list[tuple[str, Callable[[Any], bool], str]] = [
-    ("log_with", *_one_of("wandb", "tensorboard", "trackio")),
-    ("learning_rate", *_POSITIVE),
-    ("critic_learning_rate", *_POSITIVE),
-    ("warmup_steps", *_AT_LEAST_0),
-    ("init_kl_coef", *_AT_LEAST_0),
-    ("kl_penalty", *_one_of(*KL_PENALTIES)),
-    ("target", *_POSITIVE),
-    ("horizon", *_POSITIVE),
-    ("gamma", *_SHARE),
-    ("lam", *_SHARE),
-    ("lam_critic", *_SHARE),
-    ("consistency", *_one_of("bounded", "exact")),
-    ("rescore_every", *_COUNT),
-    ("importance_cap", *_POSITIVE),
-    ("cliprange", (lambda value: 0 < value <= 1), "greater than 0 and at most 1"),
-    ("cliprange_high", *_POSITIVE),
-    ("cliprange_value", *_POSITIVE),
-    ("vf_coef", *_AT_LEAST_0),
-    ("loss_aggregation", *_one_of("token-mean", "sequence-mean")),
-    ("batch_size", *_COUNT),
-    ("mini_batch_size", *_COUNT),
-    ("gradient_accumulation_steps", *_COUNT),
-    ("ppo_epochs", *_COUNT),
-    ("max_grad_norm", *_POSITIVE),
-    ("target_kl", *_POSITIVE),
-    ("compare_steps", *_COUNT),
-    ("ratio_threshold", *_POSITIVE),
-    ("score_clip", *_POSITIVE),
-    ("overlong_prompts", *_one_of("error", "drop", "truncate")),
-    ("max_skipped_steps", *_COUNT),
-    ("compat", *_one_of(COMPAT)),
-]
 _OPTIONAL = {f.name for f in fields(PPOConfig) if f.default is None}
 
 

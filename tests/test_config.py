@@ -73,6 +73,8 @@ WRONG = [
     ("compare_steps", 0, "a whole number from 1"),
     ("ratio_threshold", 0.0, "greater than 0"),
     ("score_clip", 0.0, "greater than 0"),
+    ("optim", "adamw", "one of adam, adamw_torch, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit"),
+    ("weight_decay", -0.1, "at least 0"),
     ("overlong_prompts", "cut", "one of error, drop, truncate"),
     ("max_skipped_steps", 0, "a whole number from 1"),
     ("consistency", "bitwise", "one of bounded, exact"),
@@ -92,9 +94,9 @@ def test_check_names_the_setting_the_expectation_and_the_value(name, value, expe
 
 
 def test_every_limited_setting_has_a_case_above():
-    from fastppo.config import _RULES
+    from fastppo.rules import RULES
 
-    assert {name for name, *_ in _RULES} == {name for name, *_ in WRONG}
+    assert {name for name, *_ in RULES} == {name for name, *_ in WRONG}
 
 
 @pytest.mark.parametrize(

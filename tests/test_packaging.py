@@ -53,7 +53,7 @@ def test_public_names_are_sorted_and_exist():
 
 # Imports point one way: a module may import from its own row and from the rows above it.
 LAYERS = [
-    {"types", "config", "atomic"},
+    {"types", "config", "rules", "atomic"},
     {"reference", "reference_attention", "reference_fused", "reference_sampling"},
     {"ops"},
     {"ppo", "attention", "controllers"},
@@ -61,7 +61,7 @@ LAYERS = [
     {"engine"},
     {"core", "rewards", "checkpoint", "planner", "monitor"},
     {"trainers", "environment", "tools"},
-    {"cli", "demo", "convert", "__init__", "__main__"},
+    {"cli", "demo", "convert", "export", "__init__", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Fast code is reached only through these.

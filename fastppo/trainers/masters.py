@@ -16,8 +16,8 @@ from torch.optim.adam import adam
 class MasterAdam(torch.optim.Optimizer):
     """Adam as torch defines it on fp32 masters; weights are the masters rounded, and gradients may be of any dtype.
 
-    Weights that are fp32 are their own masters. `found_inf`, a () tensor that gradient scalers set, leaves everything
-    as it was where it is not 0.
+    Weights that are fp32 are their own masters. With decoupled weight decay it is AdamW. `found_inf`, a () tensor that
+    gradient scalers set, leaves everything as it was where it is not 0.
     """
 
     def __init__(
@@ -27,8 +27,10 @@ class MasterAdam(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
     ):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True})
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
+        super().__init__(params, settings | {"decoupled_weight_decay": decoupled_weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -54,6 +56,7 @@ class MasterAdam(torch.optim.Optimizer):
         adam(
             [master], [parameter.grad.float()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
             lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
+            decoupled_weight_decay=group["decoupled_weight_decay"],
             amsgrad=False, maximize=False, fused=True, found_inf=getattr(self, "found_inf", None),
         )  # fmt: skip
         if master is not parameter:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from fastppo.config import PPOConfig
 from fastppo.models.value_head import AutoModelForCausalLMWithValueHead
+from fastppo.trainers.compact import make_compact_adamw
 from fastppo.trainers.masters import MasterAdam
 
 HONOURED_OVERRIDES = ("compute_rewards", "compute_advantages", "log_stats")
@@ -50,6 +51,10 @@ def check_arguments(
         raise ValueError(
             f"PPOConfig.bf16=True came with an optimizer ({type(optimizer).__name__}), which has no fp32 masters for "
             "bf16 weights; leave the optimizer out, or pass fastppo.trainers.masters.MasterAdam and a bf16 model"
+        )
+    if config.optim != "adam" and optimizer is not None:
+        raise ValueError(
+            f"PPOConfig.optim={config.optim!r} came with an optimizer ({type(optimizer).__name__}); leave out either"
         )
     if ref_model is not None and not hasattr(ref_model, "parameters"):
         raise ValueError(f"ref_model must be a model or None, got {type(ref_model).__name__}")
@@ -89,6 +94,11 @@ def make_accelerator(config: PPOConfig) -> Any:
     if config.log_with == "tensorboard":
         project.setdefault("logging_dir", "logs")
     accelerator = Accelerator(log_with=config.log_with, project_config=ProjectConfiguration(**project), **options)
+    if config.activation_offload and accelerator.device.type != "cuda":
+        raise ValueError(
+            "PPOConfig.activation_offload=True moves activations from a GPU to its host, but this run is on "
+            f"{accelerator.device}, where they are already; use gradient_checkpointing=True to keep fewer"
+        )
     if accelerator.mixed_precision != "no":
         warnings.warn(
             f"mixed_precision={accelerator.mixed_precision!r} is not applied; PPOConfig(bf16=True) computes in bf16",
@@ -101,7 +111,10 @@ def make_accelerator(config: PPOConfig) -> Any:
 
 
 def make_optimizer(model: Any, config: PPOConfig) -> torch.optim.Optimizer:
-    """Return Adam over the trainable parameters, fused where the device has it, with fp32 masters of half-precision."""
+    """Return the optimiser of the trainable parameters that `config.optim` names.
+
+    Adam is fused where the device has it, and keeps fp32 masters of half-precision weights.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("the model has no trainable parameter; load it with is_trainable=True, or add a peft_config")
@@ -114,9 +127,14 @@ def make_optimizer(model: Any, config: PPOConfig) -> torch.optim.Optimizer:
             {"params": [p for p in parameters if id(p) in critic], "lr": config.critic_learning_rate},
         ]
     groups = [group for group in groups if group["params"]]
+    if config.optim.endswith("bit"):
+        return make_compact_adamw(groups, config)
+    settings: dict[str, Any] = {"lr": config.learning_rate}
+    if config.optim == "adamw_torch":
+        settings |= {"weight_decay": config.weight_decay, "decoupled_weight_decay": True}
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters):
-        return MasterAdam(groups, lr=config.learning_rate)
-    return torch.optim.Adam(groups, lr=config.learning_rate, fused=fused)
+        return MasterAdam(groups, **settings)
+    return torch.optim.Adam(groups, fused=fused, **settings)
 
 
 def make_scheduler(

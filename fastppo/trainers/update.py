@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fastppo import ops, ppo
 from fastppo.config import PPOConfig
 from fastppo.models.attach import is_attached
 from fastppo.models.network import checkpointing, evaluating, language_head
+from fastppo.models.offload import offloading
 from fastppo.models.passes import length_groups, pass_tokens, passing, response_hidden
 from fastppo.types import Experience, LossTerms, Minibatch, Samples
 
@@ -25,7 +27,8 @@ from fastppo.types import Experience, LossTerms, Minibatch, Samples
 def optimise(model: Any, optimizer: Any, experience: Experience, config: PPOConfig, step: int) -> list[LossTerms]:
     """Run the PPO epochs over an experience; return the losses of every minibatch, in order."""
     losses: list[LossTerms] = []
-    with evaluating(model), checkpointing(model), passing(model):
+    offload = offloading(model) if config.activation_offload else nullcontext()
+    with evaluating(model), checkpointing(model), passing(model), offload:
         is_packed = is_attached(model)
         for epoch in range(config.ppo_epochs):
             for minibatch in minibatches(experience.samples, config, step, epoch, is_packed):

@@ -1,0 +1,63 @@
+"""What the settings of `PPOConfig` may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+KL_PENALTIES = ("kl", "abs", "mse", "full", "k1", "k2", "k3")
+COMPAT = "trl-0.7"
+OPTIMISERS = ("adam", "adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
+
+
+def holds(is_right: Callable[[Any], bool], value: Any) -> bool:
+    """Whether a value keeps to a rule; one of another type does not."""
+    try:
+        return is_right(value)
+    except (TypeError, ValueError, OverflowError):  # a text where a number belongs: YAML reads 1e-5 as one
+        return False
+
+
+def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: value in names), "one of " + ", ".join(names)
+
+
+_POSITIVE: tuple[Callable[[Any], bool], str] = (lambda value: value > 0), "greater than 0"
+_AT_LEAST_0: tuple[Callable[[Any], bool], str] = (lambda value: value >= 0), "at least 0"
+_COUNT: tuple[Callable[[Any], bool], str] = (lambda value: value == int(value) and value >= 1), "a whole number from 1"
+_SHARE: tuple[Callable[[Any], bool], str] = (lambda value: 0 <= value <= 1), "between 0 and 1"
+RULES: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("log_with", *_one_of("wandb", "tensorboard", "trackio")),
+    ("learning_rate", *_POSITIVE),
+    ("critic_learning_rate", *_POSITIVE),
+    ("warmup_steps", *_AT_LEAST_0),
+    ("init_kl_coef", *_AT_LEAST_0),
+    ("kl_penalty", *_one_of(*KL_PENALTIES)),
+    ("target", *_POSITIVE),
+    ("horizon", *_POSITIVE),
+    ("gamma", *_SHARE),
+    ("lam", *_SHARE),
+    ("lam_critic", *_SHARE),
+    ("consistency", *_one_of("bounded", "exact")),
+    ("rescore_every", *_COUNT),
+    ("importance_cap", *_POSITIVE),
+    ("cliprange", (lambda value: 0 < value <= 1), "greater than 0 and at most 1"),
+    ("cliprange_high", *_POSITIVE),
+    ("cliprange_value", *_POSITIVE),
+    ("vf_coef", *_AT_LEAST_0),
+    ("loss_aggregation", *_one_of("token-mean", "sequence-mean")),
+    ("batch_size", *_COUNT),
+    ("mini_batch_size", *_COUNT),
+    ("gradient_accumulation_steps", *_COUNT),
+    ("ppo_epochs", *_COUNT),
+    ("max_grad_norm", *_POSITIVE),
+    ("target_kl", *_POSITIVE),
+    ("compare_steps", *_COUNT),
+    ("ratio_threshold", *_POSITIVE),
+    ("score_clip", *_POSITIVE),
+    ("optim", *_one_of(*OPTIMISERS)),
+    ("weight_decay", *_AT_LEAST_0),
+    ("overlong_prompts", *_one_of("error", "drop", "truncate")),
+    ("max_skipped_steps", *_COUNT),
+    ("compat", *_one_of(COMPAT)),
+]
