@@ -176,6 +176,11 @@ class Engine:
         if call is not None:
             call.requests.cancelling.extend(range(len(call.requests.prompts)) if requests is None else requests)
 
+    @property
+    def kv_tensors(self) -> list[Tensor]:
+        """Keys and values that the paged cache holds now: those of a call under way, and those that are kept."""
+        return [] if self._cache is None else [part for pool in self._cache.pools.values() for part in pool]
+
     def release(self) -> None:
         """Give back the memory of everything that was kept."""
         if self._cache is not None and self._call is None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastppo import controllers, ppo
@@ -17,14 +16,16 @@ from fastppo.core import flatten_dict, set_seed
 from fastppo.engine.engine import Engine
 from fastppo.engine.prompts import context_length
 from fastppo.engine.stopping import end_ids
-from fastppo.models.network import causal_lm, language_head, to_bf16, verify_head, weight_version
+from fastppo.models.network import causal_lm, language_head, to_bf16, verify_head
 from fastppo.models.reference import Reference
+from fastppo.models.storages import MemoryReport
 from fastppo.ops.matmul import row_invariant
 from fastppo.rewards import is_listed, parse_scores
 from fastppo.trainers import generation, padded, report, setup, state
 from fastppo.trainers.conclude import conclude
 from fastppo.trainers.evaluate import evaluate
-from fastppo.trainers.records import Records
+from fastppo.trainers.memory import memory_report
+from fastppo.trainers.records import Records, is_current
 from fastppo.trainers.samples import check_samples
 from fastppo.trainers.update import optimise
 from fastppo.types import Evaluation, Experience, Rollout, Samples
@@ -183,17 +184,8 @@ class PPOTrainer:
             temperature=1.0 if self.config.is_compat else temperature,
             device=self.current_device,
         )
-        believed = rollout is not None and self._is_current(rollout, queries, samples)
+        believed = rollout is not None and is_current(self.model, rollout, queries, samples)
         return samples, parsed[list(samples.rows)].to(self.current_device), rollout if believed else None
-
-    def _is_current(self, rollout: Rollout, queries: Sequence[Tensor], samples: Samples) -> bool:
-        return (
-            rollout.values is not None
-            and rollout.is_untouched
-            and rollout.temperature == samples.temperature
-            and all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(rollout.queries, queries, strict=True))
-            and rollout.weight_version == weight_version(self.model)
-        )
 
     def _evaluate(self, samples: Samples, rollout: Rollout | None) -> Evaluation:
         exact = self.config.kl_penalty == "full"
@@ -270,6 +262,10 @@ class PPOTrainer:
         """Send the statistics to the tracker of `log_with`; wandb also gets a table of `columns_to_log`."""
         step = self.current_step - 1  # of the step that the statistics are of
         report.log(self.accelerator, self.config, stats, batch, rewards, columns_to_log, step=step)
+
+    def memory_report(self) -> MemoryReport:
+        """Return what lies in memory at the moment, each storage once, by what it is for; print it for a table."""
+        return memory_report(self)
 
     def train(self, prompts: Any, reward: Any, **kwargs: Any) -> list[dict[str, Any]]:
         """Generate, score and step until done; see `fastppo.trainers.loop.train` for the arguments."""

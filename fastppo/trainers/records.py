@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from fastppo.config import PPOConfig
 from fastppo.engine.agreement import Agreement, agreement, importance_weights, rows_to_rescore
 from fastppo.models.attach import is_attached
-from fastppo.models.network import evaluating
+from fastppo.models.network import evaluating, weight_version
 from fastppo.models.passes import length_groups, pass_tokens, passing, response_hidden
 from fastppo.trainers.evaluate import recorded_tokens, token_logprobs
 from fastppo.types import Evaluation, Rollout, Samples
@@ -75,3 +76,14 @@ def _rescore(model: Any, samples: Samples, rows: list[int], size: int) -> Tensor
             tokens = samples.take(chosen).to(logprobs.device)
             logprobs[tokens] = token_logprobs(model, response_hidden(model, samples, chosen), samples, tokens)
     return logprobs[samples.take(rows).to(logprobs.device)]
+
+
+def is_current(model: Any, rollout: Rollout, queries: Sequence[Tensor], samples: Samples) -> bool:
+    """Whether a rollout's records are those of the model as it is now, for these very queries and samples."""
+    return (
+        rollout.values is not None
+        and rollout.is_untouched
+        and rollout.temperature == samples.temperature
+        and all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(rollout.queries, queries, strict=True))
+        and rollout.weight_version == weight_version(model)
+    )
