@@ -16,6 +16,7 @@ _USAGE = """usage: fastppo COMMAND [--flag VALUE ...] [--traceback]
   ppo        improve a language model with a reward
   generate   talk to a model
   inspect    show how a model will be run, and why
+  export     write a trained model as plain weights
   demo       make a small model from nothing and improve it, without a download
   convert    import a TRL checkpoint whose value head is a pickle
   env        versions and machine, for a bug report
@@ -81,6 +82,12 @@ def _inspect(arguments: list[str]) -> int:
     return inspect(arguments)
 
 
+def _export(arguments: list[str]) -> int:
+    from fastppo.cli.export import export
+
+    return export(arguments)
+
+
 def _demo(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("fastppo demo", description="Make a small model from nothing and improve it.")
     parser.add_argument("--output_dir", default="runs/demo", help="folder for everything that the demo makes")
@@ -118,6 +125,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "ppo": _ppo,
     "generate": _generate,
     "inspect": _inspect,
+    "export": _export,
     "demo": _demo,
     "convert": _convert,
     "env": _env,
