@@ -190,3 +190,13 @@ def test_the_scales_of_a_quantised_base_are_counted(bits):
     sizes = sorted(part.bytes for part in again.report().storages)
     assert 4 * expected in sizes
     assert max(sizes) == codes.nbytes
+
+
+def test_what_a_rollout_looked_at_is_let_go():
+    """The decode program is made from the activations of a traced forward: none of them may stay."""
+    from fastppo.engine.tracing import Trace
+
+    trainer = tiny.trainer(kind="llama")
+    trainer.generate(tiny.batch()[0], return_prompt=False, max_new_tokens=4)
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) is Trace]

@@ -202,3 +202,4 @@ def _attention_is(network: Any, function: Callable[..., Any]) -> Iterator[None]:
     finally:
         for config, name in before:
             config._attn_implementation_internal = name
+        AttentionInterface.register(_TRACED, Trace.attend)  # the trace itself would keep every activation alive
