@@ -78,3 +78,45 @@ def test_a_step_agrees_and_a_skip_changes_nothing():
     skipped = trainer.step(queries, responses, [1.0] * 8)
     assert skipped["ppo/skipped_steps"] == skipped["ppo/optimizer_steps"] == 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def longer_step(trainer):
+    queries, responses = (tiny.queries(8, seed=seed, longest=100) for seed in (0, 1))
+    return trainer.step(queries, responses, [float(i) for i in range(8)])
+
+
+def larger(**settings):
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
+    config = PPOConfig(batch_size=8, mini_batch_size=8, ppo_epochs=1, learning_rate=1e-4, **settings)
+    return PPOTrainer(config, tiny.with_value_head(tiny.llama(context=256, vocabulary=1000, **sizes)))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_offloaded_activations_take_less_and_give_the_same(checkpointing):
+    peaks, trainers = [], []
+    for offload in (False, True):
+        trainers.append(larger(activation_offload=offload, gradient_checkpointing=checkpointing))
+        longer_step(trainers[-1])
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        longer_step(trainers[-1])
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < peaks[0] or checkpointing  # of so few layers' inputs hardly anything can be saved
+    for a, b in zip(trainers[0].model.parameters(), trainers[1].model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_compact_moments_go_on_from_a_checkpoint(optim, tmp_path):
+    trainer, other = (larger(optim=optim) for _ in range(2))
+    longer_step(trainer)
+    trainer.save_checkpoint(tmp_path / "checkpoint-000001")
+    other.resume_from(tmp_path / "checkpoint-000001")
+    for one in (trainer, other):
+        states = [state["state1"] for state in one.optimizer.state.values()]
+        is_paged = [getattr(state, "is_paged", False) for state in states if state.numel() >= 1e5]
+        assert is_paged
+        assert all(paged == optim.startswith("paged") for paged in is_paged)
+        assert longer_step(one)["ppo/skipped_steps"] == 0
+    for a, b in zip(trainer.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)

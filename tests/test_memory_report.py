@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastppo.models.storages import Census, named_tensors
+from fastppo.ops.chunks import LogitBuffer
 
 # So that no batch here has as many tokens as a weight has rows.
 ROWS = 101
@@ -55,7 +56,7 @@ class Made(TorchDispatchMode):
 def test_policy_reference_and_critic_share_one_base(trained):
     """Before, during and after rollout and step; with a trained adapter to start from, it is the reference's."""
     # Of sizes of its own: another test's model may still be alive.
-    trainer = tiny.trainer(adapted(trained, 96 + 8 * trained), mini_batch_size=2)
+    trainer = tiny.trainer(adapted(trained, 96 + 8 * trained), mini_batch_size=2, ppo_epochs=1)
     base = [p for name, p in trainer.model.named_parameters() if "lora_" not in name and "v_head" not in name]
     places = {p.untyped_storage().data_ptr() for p in base}
     shapes = {p.shape for p in base if p.dim() == 2}
@@ -73,7 +74,7 @@ def test_policy_reference_and_critic_share_one_base(trained):
     with Made(shapes, places) as during:
         rollout = trainer.generate(queries, return_prompt=False, max_new_tokens=5)
         trainer.step(queries, rollout, scores)
-    assert seen == [True] * 4
+    assert seen == [True] * 2
     assert not during.made
     assert live_copies(shapes) <= places, "after"
     reports.append(trainer.memory_report())
@@ -200,3 +201,17 @@ def test_what_a_rollout_looked_at_is_let_go():
     trainer.generate(tiny.batch()[0], return_prompt=False, max_new_tokens=4)
     gc.collect()
     assert not [thing for thing in gc.get_objects() if type(thing) is Trace]
+
+
+def test_the_logits_of_a_chunk_are_seen_while_they_live(monkeypatch):
+    trainer, inside, fill = tiny.trainer(kind="llama"), [], LogitBuffer.fill
+
+    def look(self, hidden):
+        inside.append((trainer.memory_report().by_owner().get("logits"), self.buffer.nbytes))
+        return fill(self, hidden)
+
+    monkeypatch.setattr(LogitBuffer, "fill", look)
+    trainer.step(*tiny.batch())
+    assert inside
+    assert all(counted >= taken > 0 for counted, taken in inside)
+    assert "logits" not in trainer.memory_report().by_owner()

@@ -60,7 +60,7 @@ def test_gradient_checkpointing_keeps_what_enters_the_layers(monkeypatch, kind, 
         peaks.append(peak_of_a_step(trainer))
         weights.append(tiny.weights(trainer.model))
     # Of two layers, what is inside goes; what stays are their inputs, the head's rows and the embeddings.
-    assert peaks[1] < 0.5 * peaks[0]
+    assert peaks[1] < 0.25 * peaks[0]
     assert tiny.distance(*weights) < 1e-5
 
 

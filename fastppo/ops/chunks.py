@@ -91,6 +91,11 @@ class LogitBuffer:
             return torch.mm(hidden, transposed, out=out)
         return torch.addmm(self.bias, hidden, transposed, out=out)
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """The memory that is taken: for logits, and for their gradient where that lies elsewhere."""
+        return [part for part in (self.buffer, self._gradient) if part is not None]
+
     def gradient(self, rows: int) -> Tensor:
         """Return where dLoss/d(logits) of `rows` rows goes, in the weight's dtype."""
         if self._gradient is None:

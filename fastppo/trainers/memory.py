@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fastppo.models.reference import REFERENCE_ADAPTER
 from fastppo.models.storages import Census, MemoryReport, named_tensors
+from fastppo.ops.chunks import LogitBuffer
 
 _BASE, _HEAD = "base", "value head"
 
@@ -28,6 +30,8 @@ def memory_report(trainer: Any) -> MemoryReport:
     census.add("fp32 masters", "update", (state for state in states if state[0].endswith(".master")))
     census.add("optimiser state", "update", states)
     census.add("KV cache", "rollout", ((f"kv.{i}", part) for i, part in enumerate(trainer.engine.kv_tensors)))
+    buffers = [thing for thing in gc.get_objects() if type(thing) is LogitBuffer]
+    census.add("logits", "rollout and update", (("logits", part) for buffer in buffers for part in buffer.parts))
     census.add_others()
     return census.report()
 
