@@ -159,3 +159,16 @@ def test_weight_decay_needs_an_optimiser_that_decays():
     with pytest.raises(ValueError, match=r"weight_decay=0.1 has no effect with optim='adam'"):
         PPOConfig(weight_decay=0.1).check()
     PPOConfig(weight_decay=0.1, optim="adamw_torch").check()
+
+
+def test_a_bitsandbytes_without_the_kernels_is_found_out_before_any_work(monkeypatch):
+    from bitsandbytes.optim import AdamW
+
+    def step(self):
+        raise RuntimeError("all tensors must be on a GPU")
+
+    monkeypatch.setattr(AdamW, "step", step)
+    with pytest.raises(
+        ValueError, match=r"on cpu \(all tensors must be on a GPU\); upgrade it, or choose optim='adam'"
+    ):
+        tiny.trainer(kind="gpt2", optim="adamw_8bit")

@@ -30,7 +30,23 @@ def make_compact_adamw(groups: list[dict[str, Any]], config: PPOConfig) -> torch
             f"PPOConfig.optim={config.optim!r} pages between a GPU and its host, but the model is on "
             f"{parameters[0].device}; choose 'adamw_8bit' for small moments, 'adam' or 'adamw_torch'"
         )
-    bits = 8 if config.optim.endswith("8bit") else 32
+    options: dict[str, Any] = {"optim_bits": 8 if config.optim.endswith("8bit") else 32, "is_paged": is_paged}
+    _check_served(AdamW, options, parameters[0].device)
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    optimizer: torch.optim.Optimizer = AdamW(groups, **settings, optim_bits=bits, is_paged=is_paged)
+    optimizer: torch.optim.Optimizer = AdamW(groups, **settings, **options)
     return optimizer
+
+
+def _check_served(kind: Any, options: dict[str, Any], device: torch.device) -> None:
+    """Take one step for nothing: not every bitsandbytes has the kernels for every device, and says so only then."""
+    trial = torch.nn.Parameter(torch.zeros(4096, device=device))
+    trial.grad = torch.zeros_like(trial)
+    try:
+        kind([trial], **options).step()
+    except Exception as error:
+        from bitsandbytes import __version__
+
+        raise ValueError(
+            f"bitsandbytes {__version__} cannot take such steps on {device} ({error}); upgrade it, or choose "
+            "optim='adam' or 'adamw_torch'"
+        ) from error
