@@ -66,8 +66,8 @@ def _plain_weight(module: Any, base: Any) -> Tensor:
                 _check(module, name)
                 weight = weight.float() + module.get_delta_weight(name).float()
     # transformers keeps a transposed layer (GPT-2's) the usual way round in 8 and 4 bits.
-    is_turned = weight is not base.weight and type(base).__module__.startswith("bitsandbytes")
-    return weight.t() if is_turned and getattr(base, "source_cls", nn.Linear) is not nn.Linear else weight
+    is_turned = _is_quantised(base) and getattr(base, "source_cls", nn.Linear) is not nn.Linear
+    return weight.t() if is_turned else weight
 
 
 def _check(module: Any, adapter: str) -> None:
@@ -84,12 +84,15 @@ def _check(module: Any, adapter: str) -> None:
 def _dequantised(layer: Any) -> Tensor:
     """Return the weight that bitsandbytes' codes stand for, or that of any other layer as it is."""
     weight: Tensor = layer.weight
-    kind = type(weight).__name__
-    if kind not in ("Int8Params", "Params4bit"):
+    if not _is_quantised(layer):
         return weight
     from bitsandbytes import functional
 
-    if kind == "Params4bit":
+    if type(weight).__name__ == "Params4bit":
         return functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[attr-defined, no-any-return]
     scales = weight.SCB if layer.state.SCB is None else layer.state.SCB  # type: ignore[attr-defined]
     return functional.int8_vectorwise_dequant(weight.data, scales)  # type: ignore[no-any-return]
+
+
+def _is_quantised(layer: Any) -> bool:
+    return type(layer.weight).__name__ in ("Int8Params", "Params4bit")
