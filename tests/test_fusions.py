@@ -1,5 +1,6 @@
 """What is fused in real models, that it changes no result, and that nothing stays behind."""
 
+import contextlib
 import copy
 import sys
 
@@ -135,13 +136,71 @@ def test_gradient_checkpointing_computes_again_what_it_computed(ids):
 
 def test_adapters_inside_are_trained(ids):
     model = get_peft_model(build("qwen3"), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).eval()
-    assert kinds(model) == FAMILIES["qwen3"]
+    assert kinds(model) == FAMILIES["qwen3"] | {"lora": 14}
     expected = results(model, ids)
     with fused(model):
         ours = results(model, ids)
     assert len(ours) > 14
     assert all(part is not None for part in ours)
     assert_agree(ours, expected, 2e-5)
+
+
+def adapted(dtype=torch.float32, **settings):
+    settings = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", "init_lora_weights": False} | settings
+    torch.manual_seed(1)
+    model = get_peft_model(build("llama").to(dtype), LoraConfig(**settings)).eval()
+    model.add_adapter("other", LoraConfig(**settings | {"r": 2, "target_modules": ["q_proj", "down_proj"]}))
+    return model
+
+
+@pytest.mark.parametrize("names", [["default"], ["other"], ["default", "other"]])
+def test_every_adapter_in_use_is_added_and_trained(ids, names):
+    model = adapted()
+    model.base_model.set_adapter(names)
+    assert kinds(model)["lora"] == 14
+    expected = results(model, ids)
+    with fused(model):
+        assert_agree(results(model, ids), expected, 2e-5)
+        with model.disable_adapter():
+            off = body(model)(input_ids=ids, use_cache=False)[0]
+    with model.disable_adapter():
+        torch.testing.assert_close(off, body(model)(input_ids=ids, use_cache=False)[0], atol=2e-5, rtol=2e-5)
+
+
+def test_adapters_in_fp32_beside_a_bf16_base_lose_no_more_than_it_does(ids):
+    exact, model = adapted(), adapted(torch.bfloat16)
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
+    assert kinds(model)["lora"] == 14
+    exact.load_state_dict(model.state_dict())
+    truth, plain = results(exact, ids), results(model, ids)
+    with fused(model):
+        ours = results(model, ids)
+
+    def error(parts):
+        pairs = [(a.float(), b) for a, b in zip(parts, truth, strict=True) if b is not None]
+        return sum(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+    assert not ours[0].equal(plain[0])
+    assert error(ours) <= 1.2 * error(plain)
+
+
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed")  # that it cannot be merged
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}, {"lora_dropout": 0.5}])
+def test_adapters_that_do_more_are_left_to_peft(ids, settings):
+    model = adapted(**settings)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name and name.endswith("bias"):
+            nn.init.normal_(parameter)
+    layer = model.base_model.model.model.layers[0].self_attn.k_proj
+    if "lora_dropout" in settings:
+        layer.train()
+    x, _ = torch.randn(2, 3, 32), find(model)
+    expected, ours = [], []
+    for found in (expected, ours):
+        torch.manual_seed(0)
+        with fused(model) if found is ours else contextlib.nullcontext():
+            found.append(layer(x))
+    assert ours[0].equal(expected[0])
 
 
 def attached(model):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastppo import ops, reference_fused
+from fastppo.models import lora
 from fastppo.ops.fused import is_native
 
 # Of the largest number: sums in another order; in 16 bits also roundings that the fused operation leaves out.
@@ -78,6 +79,7 @@ def _search(model: nn.Module) -> Iterator[Fusion]:
     for name, module in model.named_modules():
         yield from _norm(name, module)
         yield from _gated(name, module)
+        yield from _lora(name, module)
         namespace = sys.modules[type(module).__module__]
         if hasattr(namespace, _ROTARY) and namespace not in seen:
             seen.add(namespace)
@@ -122,6 +124,18 @@ def _gated(name: str, module: nn.Module) -> Iterator[Fusion]:
     deviation = _deviation(module, replacement, [_random(2, 3, size).to(dtype)])
     if deviation <= _TOLERANCE[dtype]:
         yield Fusion(name, f"gated {activation}", deviation, module, "forward", None, replacement)
+
+
+def _lora(name: str, module: Any) -> Iterator[Fusion]:
+    """Yield the fusion of scale·B(A x) with the sum that it joins."""
+    replacement = lora.find_layer(module)
+    if replacement is None:
+        return
+    dtype = module.base_layer.weight.dtype
+    dtype = dtype if dtype in _TOLERANCE else torch.float32  # quantised weights take any
+    deviation = _deviation(module, replacement, [_random(2, 3, module.in_features).to(dtype)])
+    if deviation <= _TOLERANCE[dtype]:
+        yield Fusion(name, "lora", deviation, module, "forward", None, replacement)
 
 
 def _known_activation(function: Callable[[Tensor], Tensor]) -> str | None:
