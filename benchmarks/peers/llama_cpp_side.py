@@ -68,8 +68,9 @@ class Generator:
         batch.n_tokens = len(tokens)
         wants = np.zeros(len(tokens), np.int8)
         wants[wanted] = 1
-        ctypes.memmove(batch.token, np.array(tokens, np.int32).ctypes.data, 4 * len(tokens))
-        ctypes.memmove(batch.pos, np.array(positions, np.int32).ctypes.data, 4 * len(tokens))
+        for target, values in ((batch.token, tokens), (batch.pos, positions)):
+            numbers = np.array(values, np.int32)  # named, for an address does not keep the array that it is of
+            ctypes.memmove(target, numbers.ctypes.data, numbers.nbytes)
         ctypes.memmove(batch.logits, wants.ctypes.data, len(tokens))
         for index, row in enumerate(rows):
             batch.n_seq_id[index] = 1
