@@ -2,6 +2,7 @@
 
 checkpoint-000010/
   model.safetensors, config.json, ...   the model, or adapter_model.safetensors and value_head.safetensors
+  fastppo_critic/                       the critic's adapter or network, if it has one of its own
   optimizer.safetensors                 the optimiser's tensors, `<parameter number>.<name>`
   random.safetensors                    the states of torch's and numpy's global generators
   state.json                            everything else: counters, controller, running moments, schedule, cursor,
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastppo.atomic import Pathlike, atomic_directory, write_json
+from fastppo.models.critic import CRITIC, critic_kind
 
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-\d+")
@@ -45,7 +47,8 @@ def save_checkpoint(directory: Pathlike, model: Any, tokenizer: Any, optimizer: 
         save_file(_random_tensors(), target / "random.safetensors")
         everything = {**state, "optimizer_groups": groups, "optimizer_numbers": numbers, "random": _random_numbers()}
         (target / "state.json").write_text(json.dumps(everything, indent=2), encoding="utf-8")
-        write_json(target / _MANIFEST, {file.name: _digest(file) for file in sorted(target.iterdir())})
+        files = [file for file in sorted(target.rglob("*")) if file.is_file()]
+        write_json(target / _MANIFEST, {_name_of(file, target): _digest(file) for file in files})
     return Path(directory)
 
 
@@ -92,6 +95,10 @@ def verify(directory: Pathlike) -> None:
             raise ValueError(f"{file} is missing or damaged; resume from an older checkpoint")
 
 
+def _name_of(file: Path, directory: Path) -> str:
+    return file.relative_to(directory).as_posix()
+
+
 def _digest(file: Path) -> dict[str, Any]:
     checksum = hashlib.sha256()
     with open(file, "rb") as stream:
@@ -102,13 +109,27 @@ def _digest(file: Path) -> dict[str, Any]:
 
 def _load_model(directory: Path, model: Any) -> None:
     """Copy the saved weights into the model's own tensors."""
+    saved, critic = _tensors(directory), _tensors(directory / CRITIC)
+    kind = critic_kind(model)
+    if bool(critic) != (kind != "head"):
+        found = f"has a critic in {CRITIC}/" if critic else f"has no critic in {CRITIC}/"
+        raise ValueError(f"{directory} {found}, and the model is one with critic={kind!r}; use the same settings")
+    unknown = _load_adapter(model, saved) if model.is_peft_model else _load_weights(model, saved)
+    if kind == "adapter":
+        unknown += _set_adapter(model, critic, CRITIC)
+    elif kind == "full":
+        unknown += _load_weights(model.critic, critic)
+    if unknown:
+        raise ValueError(f"{directory} belongs to another model: it holds {unknown[:3]} ({len(unknown)} such tensors)")
+
+
+def _tensors(directory: Path) -> dict[str, Tensor]:
+    """Return all tensors of the model whose files are in a directory."""
     saved: dict[str, Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
         if file.name not in ("optimizer.safetensors", "random.safetensors"):
             saved |= load_file(file)
-    unknown = _load_adapter(model, saved) if model.is_peft_model else _load_weights(model, saved)
-    if unknown:
-        raise ValueError(f"{directory} belongs to another model: it holds {unknown[:3]} ({len(unknown)} such tensors)")
+    return saved
 
 
 def _load_weights(model: Any, saved: dict[str, Tensor]) -> list[str]:
@@ -124,12 +145,15 @@ def _load_weights(model: Any, saved: dict[str, Tensor]) -> list[str]:
 
 def _load_adapter(model: Any, saved: dict[str, Tensor]) -> list[str]:
     """Load an adapter and the value head; return the names that the model does not have."""
-    from peft import set_peft_model_state_dict
-
     head = {name.removeprefix("v_head."): saved.pop(name) for name in list(saved) if name.startswith("v_head.")}
     model.v_head.load_state_dict(head)
-    adapter = next(iter(model.pretrained_model.active_adapters))
-    return list(set_peft_model_state_dict(model.pretrained_model, saved, adapter_name=adapter).unexpected_keys)
+    return _set_adapter(model, saved, next(iter(model.pretrained_model.active_adapters)))
+
+
+def _set_adapter(model: Any, saved: dict[str, Tensor], name: str) -> list[str]:
+    from peft import set_peft_model_state_dict
+
+    return list(set_peft_model_state_dict(model.pretrained_model, saved, adapter_name=name).unexpected_keys)
 
 
 def _optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any], list[dict[str, Any]]]:

@@ -38,7 +38,7 @@ class PPOConfig:
     """Samples, not iterations: TRL's meaning. Only its own loop reads it."""
     learning_rate: float = 1.41e-5
     critic_learning_rate: float | None = None
-    """Of the value head, which starts at random; None means learning_rate."""
+    """Of the value head, which starts at random, and of a critic of its own; None means learning_rate."""
     lr_scheduler_type: str = "constant"
     """Name of a transformers schedule: constant, linear, cosine, ..."""
     warmup_steps: int = 0  # iterations of linear warm-up
@@ -54,6 +54,17 @@ class PPOConfig:
     lam: float = 0.95
     lam_critic: float | None = None
     """Lambda of the returns that the critic learns; None means `lam`."""
+    critic: str = "head"
+    """What the value head reads: head, the policy's own hidden states; adapter, those of a second adapter on the same
+    base; full, those of a second network."""
+    critic_detach: bool = False
+    """Keep the value loss from the policy's weights, for critic="head"."""
+    critic_warmup_steps: int = 0
+    """Iterations at the beginning in which only the critic learns, the discounted sums of the rewards."""
+    critic_init: str = "policy"
+    """Where a new critic of its own starts: policy, or reward_adapter, whose score head becomes the value head."""
+    critic_peft_config: dict[str, Any] = field(default_factory=dict)
+    """Fields in which the critic's adapter differs from the policy's, such as {"r": 4}; it starts at random then."""
     cliprange: float = 0.2
     cliprange_high: float | None = None
     """Upper clip of the ratio; None means `cliprange`."""
@@ -142,6 +153,7 @@ class PPOConfig:
                 f"PPOConfig.weight_decay={self.weight_decay!r} has no effect with optim={self.optim!r}; choose "
                 "optim='adamw_torch', or leave weight_decay at 0"
             )
+        self._check_critic()
         per_step = self.gradient_accumulation_steps
         self.backward_batch_size = self.micro_batch_size * per_step
         if self.batch_size % self.backward_batch_size:
@@ -152,6 +164,19 @@ class PPOConfig:
         self.world_size = 1
         self.global_batch_size = self.batch_size
         self.global_backward_batch_size = self.backward_batch_size
+
+    def _check_critic(self) -> None:
+        for name, is_useless, remedy in (
+            ("critic_detach", self.critic != "head", "critic='head'; another critic leaves the policy's weights alone"),
+            ("critic_peft_config", self.critic != "adapter", "critic='adapter'"),
+            ("critic_init", self.critic == "head" and self.critic_init != "policy", "critic='adapter' or 'full'"),
+            ("critic_init", bool(self.critic_peft_config) and self.critic_init != "policy", "no critic_peft_config"),
+        ):
+            if is_useless and getattr(self, name):
+                raise ValueError(
+                    f"PPOConfig.{name}={getattr(self, name)!r} has no effect with critic={self.critic!r} and "
+                    f"critic_peft_config={self.critic_peft_config!r}; it needs {remedy}"
+                )
 
     def _adopt_old_names(self) -> None:
         if self.forward_batch_size is not None:

@@ -45,6 +45,13 @@ def estimate_advantages(rewards: Tensor, values: Tensor, offsets: Tensor, config
     return ops.whiten(advantages), for_critic + values
 
 
+def monte_carlo_returns(rewards: Tensor, offsets: Tensor, config: PPOConfig) -> Tensor:
+    """Return the discounted sum of each token's and all later rewards of its sample, (T,), without a critic's part."""
+    if config.whiten_rewards:
+        rewards = ops.whiten(rewards, shift_mean=False)
+    return ops.gae(rewards, torch.zeros_like(rewards), offsets, config.gamma, 1.0)
+
+
 def estimate_advantages_trl07(
     rewards: Tensor, values: Tensor, mask: Tensor, config: PPOConfig
 ) -> tuple[Tensor, Tensor]:

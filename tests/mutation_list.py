@@ -23,6 +23,7 @@ TRAINER = ("tests/test_ppo.py", "tests/test_defects_update.py", "tests/test_trl_
 STATISTICS_H, HEAD_H = "csrc/row_statistics.inc.hpp", "csrc/head_rows.inc.hpp"
 SAMPLING = ("tests/test_sampling.py", "tests/test_sampling_limits.py")
 SAMPLING_H = "csrc/sampling.inc.hpp"
+CRITICS = ("tests/test_critics.py",)
 SCHEDULE, PAGED = ("tests/test_schedule.py",), ("tests/test_paged_engine.py",)
 
 MUTATIONS = [
@@ -272,8 +273,9 @@ MUTATIONS = [
         "mean over the group instead of the minibatch",
         "trl #5890: the normaliser of a micro-batch",
         "fastppo/trainers/update.py",
-        "head, weights = language_head(model), minibatch.weights[tokens]\n",
-        "head, weights = language_head(model), minibatch.weights[tokens]\n    weights = weights / weights.sum()\n",
+        "weights, importance = minibatch.weights[tokens], experience.evaluation.importance\n",
+        "weights, importance = minibatch.weights[tokens], experience.evaluation.importance\n"
+        "    weights = weights / weights.sum()\n",
         TRAINER,
     ),
     Mutation(
@@ -352,8 +354,40 @@ MUTATIONS = [
         "a window forgets a token too early",
         "off by one",
         "fastppo/engine/blocks.py",
-        "hidden = max(0, held.length - window + 1)",
-        "hidden = max(0, held.length - window + 2)",
+        "hidden = max(0, position - window + 1)",
+        "hidden = max(0, position - window + 2)",
         SCHEDULE,
+    ),
+    Mutation(
+        "a critic's checkpointed layers are computed again with the policy's adapter",
+        "PEFT's adapters are a state of the module, and a backward pass reads it",
+        "fastppo/trainers/update.py",
+        "            _value_loss(values, experience, minibatch, tokens, config).backward()\n",
+        "            pass\n        _value_loss(values, experience, minibatch, tokens, config).backward()\n",
+        CRITICS,
+    ),
+    Mutation(
+        "values of the rollout stand for those of a critic of its own",
+        "records believed that another network made",
+        "fastppo/trainers/evaluate.py",
+        'if critic != "head":',
+        'if critic != "head" and rollout is None:',
+        CRITICS,
+    ),
+    Mutation(
+        "a scoring leaves the policy's adapter frozen",
+        "TRL 0.7.4: compute_reward_score",
+        "fastppo/models/adapters.py",
+        "            parameter.requires_grad_(flag)",
+        "            pass",
+        ("tests/test_reward_adapters.py",),
+    ),
+    Mutation(
+        "a scoring with dropout",
+        "TRL 0.7.4: compute_reward_score in training mode",
+        "fastppo/models/reward_adapter.py",
+        "with evaluating(model), using_adapter",
+        "with using_adapter",
+        ("tests/test_reward_adapters.py",),
     ),
 ]

@@ -11,6 +11,7 @@ class Network(torch.nn.Linear):
     """The part of a model that a checkpoint asks for."""
 
     is_peft_model = False
+    critic = None
 
     def save_pretrained(self, directory):
         from safetensors.torch import save_file

@@ -128,7 +128,7 @@ def test_a_graph_is_captured_once_and_again_when_something_moved():
     assert not forgets()
     layer.weight.data = layer.weight.data / 1.5
     assert forgets()
-    step._graphs = {8: "a graph of memory that was given back"}
+    step._graphs, step._places = {8: "a graph of memory that was given back"}, ("elsewhere",)
     engine.num_requests = 0
     assert_same(engine.generate(tiny.queries(3), sampling), first)
     assert step.captures == 2

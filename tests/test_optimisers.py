@@ -106,7 +106,7 @@ def test_pages_are_taken_again_when_a_run_goes_on(tmp_path):
     from bitsandbytes.optim import AdamW
 
     class Network(torch.nn.Linear):
-        is_peft_model = False
+        is_peft_model, critic = False, None
 
         def save_pretrained(self, directory):
             from safetensors.torch import save_file

@@ -59,7 +59,7 @@ LAYERS = [
     {"ppo", "attention", "controllers"},
     {"models"},
     {"engine"},
-    {"core", "rewards", "checkpoint", "planner", "monitor"},
+    {"core", "reward_models", "rewards", "checkpoint", "planner", "monitor"},
     {"trainers", "environment", "tools"},
     {"cli", "demo", "convert", "export", "__init__", "__main__"},
 ]

@@ -33,9 +33,9 @@ def load_base(source: Any, *model_args: Any, **kwargs: Any) -> Source:
         return Source(_with_adapter(source, peft_config), None)
     name = os.fspath(source)
     kwargs = translate_quantisation(kwargs)
-    hub = {key: kwargs[key] for key in ("revision", "token", "subfolder", "cache_dir") if key in kwargs}
+    hub = hub_arguments(kwargs)
     head = read_value_head(name, **hub)
-    if _find(name, "adapter_config.json", **hub) is not None:
+    if find_file(name, "adapter_config.json", **hub) is not None:
         if peft_config is not None:
             raise ValueError(
                 f"{name} is an adapter already, so peft_config cannot add another; leave peft_config out to train it "
@@ -45,7 +45,12 @@ def load_base(source: Any, *model_args: Any, **kwargs: Any) -> Source:
     if "dtype" not in kwargs:  # a frozen base may stay in the checkpoint's dtype; what is trained may not
         trains_base = peft_config is None or bool(getattr(peft_config, "modules_to_save", None))
         kwargs["dtype"] = torch.float32 if trains_base else "auto"
-    return Source(_with_adapter(_load_transformers(name, *model_args, **kwargs), peft_config), head)
+    return Source(_with_adapter(load_transformers(name, *model_args, **kwargs), peft_config), head)
+
+
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return those of `from_pretrained`'s arguments that say where in a hub repository to look."""
+    return {key: kwargs[key] for key in ("revision", "token", "subfolder", "cache_dir") if key in kwargs}
 
 
 def translate_quantisation(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +84,8 @@ def _check_peft_config(peft_config: Any) -> None:
         )
 
 
-def _load_transformers(name: str, *model_args: Any, **kwargs: Any) -> Any:
+def load_transformers(name: str, *model_args: Any, **kwargs: Any) -> Any:
+    """Load a causal language model, without a word on our own value head."""
     from transformers import AutoModelForCausalLM
 
     # The logger's name is that of transformers' module that reports on loading.
@@ -103,7 +109,7 @@ def _load_adapter(name: str, is_trainable: bool, *model_args: Any, **kwargs: Any
     config = PeftConfig.from_pretrained(name)
     _check_peft_config(config)
     dtype = torch.float32 if getattr(config, "modules_to_save", None) else "auto"
-    base = _load_transformers(str(config.base_model_name_or_path), *model_args, **{"dtype": dtype, **kwargs})
+    base = load_transformers(str(config.base_model_name_or_path), *model_args, **{"dtype": dtype, **kwargs})
     adopt_quantised(base)
     return PeftModel.from_pretrained(base, name, is_trainable=is_trainable)
 
@@ -128,7 +134,8 @@ def adopt_quantised(model: Any) -> None:
         adopt(model)
 
 
-def _find(name: str, file: str, **hub: Any) -> str | None:
+def find_file(name: str, file: str, **hub: Any) -> str | None:
+    """Return the path of a file of a directory or hub repository, None where there is no such file."""
     from transformers.utils.hub import cached_file
 
     found: str | None = cached_file(
@@ -148,12 +155,12 @@ def read_value_head(name: str, **hub: Any) -> dict[str, Tensor] | None:
     Raises ValueError if the head is only there as a pickle, which is never opened.
     """
     for file in (_HEAD_FILE, "model.safetensors", *_head_shards(name, **hub)):
-        path = _find(name, file, **hub)
+        path = find_file(name, file, **hub)
         head = _head_tensors(path) if path is not None else {}
         if head:
             return head
-    has_weights = _find(name, "model.safetensors", **hub) or _find(name, "model.safetensors.index.json", **hub)
-    if not has_weights and _find(name, "pytorch_model.bin", **hub):
+    has_weights = find_file(name, "model.safetensors", **hub) or find_file(name, "model.safetensors.index.json", **hub)
+    if not has_weights and find_file(name, "pytorch_model.bin", **hub):
         raise ValueError(
             f"{name} holds pytorch_model.bin, a pickle, which is never opened; run: fastppo convert {name} DEST"
         )
@@ -161,7 +168,7 @@ def read_value_head(name: str, **hub: Any) -> dict[str, Tensor] | None:
 
 
 def _head_shards(name: str, **hub: Any) -> list[str]:
-    index = _find(name, "model.safetensors.index.json", **hub)
+    index = find_file(name, "model.safetensors.index.json", **hub)
     if index is None:
         return []
     with open(index, encoding="utf-8") as file:

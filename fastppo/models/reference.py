@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
+from fastppo.models.adapters import adapter_parameters, add_adapter, copy_adapter, using_adapter, without_adapters
 from fastppo.models.loading import adopt_quantised
 
 _PATTERNS = ("transformer.h.{layer}", "model.decoder.layers.{layer}", "gpt_neox.layers.{layer}", "model.layers.{layer}")
@@ -26,8 +26,12 @@ def create_reference_model(model: Any, num_shared_layers: int | None = None, pat
     shared = _lower_parameters(model, num_shared_layers, pattern) if num_shared_layers else []
     for parameter in shared:
         parameter.requires_grad_(False)
-    # Deep copying leaves alone what the memo already holds: the shared parameters stay the same objects.
-    reference = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
+    # Deep copying leaves alone what the memo already holds: the shared parameters stay the same objects, and a second
+    # network that serves as critic is none of the reference's.
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in shared}
+    if getattr(model, "critic", None) is not None:
+        memo[id(model.critic)] = None
+    reference = copy.deepcopy(model, memo)
     return reference.requires_grad_(False).eval()
 
 
@@ -65,10 +69,10 @@ class Reference:
         if self.ref_model is not None:
             yield self.ref_model
         elif self._has_adapter:
-            with _using_adapter(self.model.pretrained_model, REFERENCE_ADAPTER):
+            with using_adapter(self.model.pretrained_model, REFERENCE_ADAPTER):
                 yield self.model
         else:
-            with self.model.pretrained_model.disable_adapter():
+            with without_adapters(self.model.pretrained_model):
                 yield self.model
 
 
@@ -80,42 +84,14 @@ def _is_fresh(peft_model: Any, adapter: str) -> bool:
     return bool(matrices) and not any(bool(matrix.any()) for matrix in matrices) and not trained_whole
 
 
-@torch.no_grad()
 def _keep_trained_adapter(peft_model: Any) -> bool:
     """Freeze a copy of the adapter as the reference if the run starts from a trained one; return whether it did."""
     active = next(iter(peft_model.active_adapters))
     if _is_fresh(peft_model, active):
         return False
     if REFERENCE_ADAPTER not in peft_model.peft_config:
-        with _preserving_flags(peft_model):
-            peft_model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(peft_model.peft_config[active]))
-            parameters = dict(peft_model.named_parameters())
-            for name, parameter in parameters.items():
-                if f".{REFERENCE_ADAPTER}" in name:
-                    parameter.copy_(parameters[name.replace(f".{REFERENCE_ADAPTER}", f".{active}")])
-    for name, parameter in peft_model.named_parameters():
-        if f".{REFERENCE_ADAPTER}" in name:
-            parameter.requires_grad_(False)
+        add_adapter(peft_model, REFERENCE_ADAPTER, copy.deepcopy(peft_model.peft_config[active]))
+        copy_adapter(peft_model, active, REFERENCE_ADAPTER)
+    for parameter in adapter_parameters(peft_model, REFERENCE_ADAPTER):
+        parameter.requires_grad_(False)
     return True
-
-
-@contextmanager
-def _preserving_flags(module: nn.Module) -> Iterator[None]:
-    """PEFT changes `requires_grad` as it switches adapters; put it back afterwards."""
-    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _using_adapter(peft_model: Any, name: str) -> Iterator[None]:
-    previous = next(iter(peft_model.active_adapters))
-    with _preserving_flags(peft_model):
-        peft_model.set_adapter(name)
-        try:
-            yield
-        finally:
-            peft_model.set_adapter(previous)

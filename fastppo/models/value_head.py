@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fastppo.atomic import atomic_files
 from fastppo.models import loading
+from fastppo.models.critic import load_critic, save_critic
+from fastppo.models.reward_adapter import load_reward_adapter, reward_scores
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -47,7 +49,8 @@ class ValueHead(nn.Module):
 class AutoModelForCausalLMWithValueHead(nn.Module):
     """A causal language model and a value head on its last hidden state.
 
-    `from_pretrained` takes a hub name, a path, a transformers model or a PEFT model.
+    `from_pretrained` takes a hub name, a path, a transformers model or a PEFT model. `critic` is a second network for
+    the value head to read, or None; `score` is the score head (H -> labels) of a reward adapter, or None.
     """
 
     supported_args = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
@@ -66,6 +69,10 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         self.config = pretrained_model.config
         self.is_peft_model = hasattr(pretrained_model, "peft_config")
         self.v_head = ValueHead(self.config, **kwargs).to(pretrained_model.device)
+        self.critic: Any = None
+        self.score: Any = None
+        self.reward_adapter: str | None = None
+        self.reward_adapter_name: str | None = None
 
     @classmethod
     def from_pretrained(
@@ -77,17 +84,28 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             pretrained_model_name_or_path: hub name, directory (of a model or of an adapter), or a model.
             peft_config: a PEFT config; adds a fresh adapter and freezes the rest.
             is_trainable: whether an adapter found in the checkpoint is trained further (default True).
+            reward_adapter: directory or hub name of a PEFT sequence-classification adapter for the same base; see
+                `compute_reward_score`.
+            reward_adapter_name: what it is called here (default "reward_model_adapter").
             summary_dropout_prob, v_head_initializer_range, v_head_init_strategy: the value head's.
             load_in_8bit, load_in_4bit, torch_dtype and everything else: transformers' `from_pretrained`.
 
-        Weights that are to be trained are loaded in fp32 unless `dtype` says otherwise.
+        Weights that are to be trained are loaded in fp32 unless `dtype` says otherwise. A critic that was saved with
+        the model is loaded too.
         Raises ValueError for a checkpoint whose value head is only there as a pickle; `fastppo convert` imports it.
         """
         head_kwargs = {name: kwargs.pop(name) for name in cls.supported_args if name in kwargs}
+        reward_adapter = kwargs.pop("reward_adapter", None)
+        reward_adapter_name = kwargs.pop("reward_adapter_name", "reward_model_adapter")
         source = loading.load_base(pretrained_model_name_or_path, *model_args, **kwargs)
         model = cls(source.model, **head_kwargs)
+        hub = loading.hub_arguments(kwargs)
         if source.value_head is not None:
             model.v_head.load_state_dict(source.value_head)
+            load_critic(model, os.fspath(pretrained_model_name_or_path), **hub)
+        if reward_adapter is not None:
+            place = {key: value for key, value in hub.items() if key in ("token", "cache_dir")}
+            load_reward_adapter(model, os.fspath(reward_adapter), reward_adapter_name, **place)
         return model
 
     def forward(
@@ -99,14 +117,12 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """Return (logits (B, L, V) in fp32, loss or None, values (B, L)), and past key values if asked for."""
-        if attention_mask is not None and "position_ids" not in kwargs and not bool(attention_mask[:, 0].all()):
-            kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)  # left padding
         output = self.pretrained_model(
             input_ids=input_ids,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             output_hidden_states=True,
-            **kwargs,
+            **_places(attention_mask, kwargs),
         )
         values = self.v_head(output.hidden_states[-1]).squeeze(-1)
         result = (output.logits.float(), output.loss, values)
@@ -116,23 +132,39 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         """Call transformers' own `generate`; `fastppo.Engine` is the fast way."""
         return self.pretrained_model.generate(*args, **kwargs)
 
+    def compute_reward_score(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Return the reward adapter's scores (B, L, labels), fp32, at every token of input_ids (B, L).
+
+        A text's score is that of its last token. No gradient; adapters, flags and training mode stay as they were.
+        Raises ValueError without a reward adapter.
+        """
+        kwargs.pop("ppo_adapter_name", None)  # TRL's; the adapter that was on is on again afterwards
+        return reward_scores(self, input_ids, attention_mask, **_places(attention_mask, kwargs))
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the model's tensors under the names that they have without the head, and `v_head.summary.*`."""
+        """Return the model's tensors under the names that they have without the head, and `v_head.summary.*`.
+
+        Those of a second network begin with `critic.`.
+        """
         state: dict[str, Any] = self.pretrained_model.state_dict(*args, **kwargs)
-        return {**state, **self.v_head.state_dict(*args, prefix="v_head.", **kwargs)}
+        for name, part in (("v_head.", self.v_head), ("critic.", self.critic)):
+            state |= {} if part is None else part.state_dict(*args, prefix=name, **kwargs)
+        return state
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load what `state_dict` returned."""
-        head = {name.removeprefix("v_head."): t for name, t in state_dict.items() if name.startswith("v_head.")}
-        rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith("v_head.")}
-        self.v_head.load_state_dict(head, strict=strict, assign=assign)
+        rest = dict(state_dict)
+        for prefix, part in (("v_head.", self.v_head), ("critic.", self.critic)):
+            if part is not None:
+                own = {name.removeprefix(prefix): rest.pop(name) for name in list(rest) if name.startswith(prefix)}
+                part.load_state_dict(own, strict=strict, assign=assign)
         return self.pretrained_model.load_state_dict(rest, strict=strict, assign=assign)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save a checkpoint that plain transformers (or, with an adapter, plain PEFT) opens, with the value head in it.
 
         A full model keeps the head in its own weights file, under `v_head.summary.*`; beside an adapter it is
-        `value_head.safetensors`.
+        `value_head.safetensors`. A critic of its own is in the folder `fastppo_critic`.
         """
         head = {f"v_head.{name}": t.detach().cpu().contiguous() for name, t in self.v_head.state_dict().items()}
         with atomic_files(save_directory) as directory:
@@ -143,6 +175,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             else:
                 state = kwargs.pop("state_dict", None) or self.pretrained_model.state_dict()
                 self.pretrained_model.save_pretrained(directory, state_dict={**state, **head}, **kwargs)
+            save_critic(self, directory)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload the checkpoint that `save_pretrained` writes to a repository of the Hugging Face hub."""
@@ -160,21 +193,31 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Trade compute for memory in the update; the rollout keeps its cache."""
-        self._checkpointing_method("enable")(gradient_checkpointing_kwargs, **kwargs)
+        for network in filter(None, (self.pretrained_model, self.critic)):
+            _checkpointing_method(network, "enable")(gradient_checkpointing_kwargs, **kwargs)
         if self.is_peft_model:
             self.pretrained_model.enable_input_require_grads()
 
     def gradient_checkpointing_disable(self) -> None:
         """Undo `gradient_checkpointing_enable`."""
-        self._checkpointing_method("disable")()
-
-    def _checkpointing_method(self, action: str) -> Any:
-        """Return transformers' method under its new name (from 5.23 on, where the old one warns) or its old one."""
-        old, new = (f"{kind}_checkpointing_{action}" for kind in ("gradient", "activation"))
-        return getattr(self.pretrained_model, new, None) or getattr(self.pretrained_model, old)
+        for network in filter(None, (self.pretrained_model, self.critic)):
+            _checkpointing_method(network, "disable")()
 
     @property
     def device(self) -> torch.device:
         """The device of the model's weights."""
         device: torch.device = self.pretrained_model.device
         return device
+
+
+def _checkpointing_method(network: Any, action: str) -> Any:
+    """Return transformers' method under its new name (from 5.23 on, where the old one warns) or its old one."""
+    old, new = (f"{kind}_checkpointing_{action}" for kind in ("gradient", "activation"))
+    return getattr(network, new, None) or getattr(network, old)
+
+
+def _places(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with the positions that padding on the left asks for, unless they are among them."""
+    if attention_mask is None or "position_ids" in kwargs or bool(attention_mask[:, 0].all()):
+        return kwargs
+    return {**kwargs, "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp_min(0)}

@@ -25,7 +25,12 @@ def conclude(trainer: Any, stats: Mapping[str, Any], losses: list[LossTerms]) ->
 
 
 def _control_kl(trainer: Any, stats: Mapping[str, Any]) -> None:
-    """Let the controller see the KL; what cannot be one is a symptom, and must not lower the coefficient."""
+    """Let the controller see the KL; what cannot be one is a symptom, and must not lower the coefficient.
+
+    Nor must that of a policy which is not trained yet, while its critic is warmed up.
+    """
+    if trainer.current_step < trainer.config.critic_warmup_steps:
+        return
     kl = stats["objective/kl"]
     if kl < -1.0:
         warnings.warn(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastppo import ops
 from fastppo.models.attach import is_attached
+from fastppo.models.critic import critic_pass, critic_values
 from fastppo.models.network import evaluating, language_head
 from fastppo.models.passes import length_groups, pass_tokens, passing, response_hidden
 from fastppo.models.reference import Reference
@@ -17,12 +18,19 @@ from fastppo.types import Evaluation, Rollout, Samples
 
 @torch.no_grad()
 def evaluate(
-    model: Any, reference: Reference, samples: Samples, rollout: Rollout | None, *, max_size: int, exact_kl: bool
+    model: Any,
+    reference: Reference,
+    samples: Samples,
+    rollout: Rollout | None,
+    *,
+    max_size: int,
+    exact_kl: bool,
+    critic: str = "head",
 ) -> Evaluation:
     """Evaluate the samples under policy, critic and reference, `max_size` of them to a forward pass.
 
-    With a rollout the policy's log-probs and the values are its records, and only the reference is run (and, for
-    the exact KL, the policy).
+    With a rollout the policy's log-probs and the values are its records, and only the reference is run, and for
+    the exact KL the policy. A `critic` of its own (adapter or full) always is: the rollout's values are not its.
     """
     count, device = len(samples.labels), samples.labels.device
     logprobs, ref_logprobs, values, kl = torch.zeros(4, count, device=device).unbind()
@@ -36,6 +44,9 @@ def evaluate(
             if rollout is None and hidden is not None:
                 logprobs[tokens] = token_logprobs(model, hidden, samples, tokens)
                 values[tokens] = model.v_head(hidden).squeeze(-1)
+            if critic != "head":
+                with critic_pass(model, critic) as network:
+                    values[tokens] = critic_values(model, network, samples, group)
             with reference.active() as network, evaluating(network), passing(network):
                 ref_hidden = response_hidden(network, samples, group)
                 ref_logprobs[tokens] = token_logprobs(network, ref_hidden, samples, tokens)

@@ -13,7 +13,7 @@ from fastppo import ppo
 from fastppo.config import SamplingConfig
 from fastppo.rewards import Reward
 from fastppo.trainers.evaluate import evaluate
-from fastppo.trainers.prompts import Prompts, as_given, decode, texts
+from fastppo.trainers.prompts import Prompts, as_given, decode, reward_columns, texts
 from fastppo.trainers.samples import check_samples
 
 # Its own stream of random numbers, away from the ones that training draws.
@@ -47,7 +47,7 @@ def measure(trainer: Any, prompts: Prompts, reward: Reward, sampling: SamplingCo
     finally:
         engine.num_requests = served
     completions = decode(trainer.tokenizer, rollout)
-    scores = reward(as_given(prompts, trainer.tokenizer), completions, prompts.columns)
+    scores = reward(as_given(prompts, trainer.tokenizer), completions, reward_columns(prompts, rollout))
     samples = check_samples(
         prompts.ids,
         rollout,

@@ -22,7 +22,7 @@ from fastppo.trainers import setup
 from fastppo.trainers.generation import warn_of_truncation
 from fastppo.trainers.held_out import Measurement, measure
 from fastppo.trainers.interrupts import Interrupts
-from fastppo.trainers.prompts import Prompts, PromptStream, as_given, decode, read_prompts, texts
+from fastppo.trainers.prompts import Prompts, PromptStream, as_given, decode, read_prompts, reward_columns, texts
 
 _SAMPLES_PER_STEP = 4
 
@@ -82,8 +82,9 @@ def train(trainer: Any, prompts: Any, reward: Any, **kwargs: Any) -> list[dict[s
 
     Args:
         prompts: texts, chats, lists of token ids, or a dataset; its other columns go to the reward.
-        reward: a callable (prompts, completions, **columns) -> list or tensor of numbers, a classification model, or a
-            list of these; None for a response leaves it out of the update.
+        reward: a callable (prompts, completions, **columns) -> list or tensor of numbers, a classification model, the
+            trainer's model if it has a reward adapter, or a list of these; None for a response leaves it out of the
+            update. `prompt_ids` and `completion_ids` are among the columns.
         kwargs: the fields of `LoopConfig`, `max_steps` above all; all others are generation arguments.
 
     An interrupt stops a rollout at once and lets an update finish; what is finished is saved, then it is raised.
@@ -127,10 +128,16 @@ def _prepare(trainer: Any, prompts: Any, reward: Any, config: LoopConfig, genera
     stream = PromptStream(read_prompts(prompts, trainer.engine, **options), trainer.config.seed)
     held_out = config.eval_prompts
     held_out = None if held_out is None else read_prompts(held_out, trainer.engine, **options)
-    trained = Reward(reward, config.reward_weights, columns=stream.prompts.columns)
+    trained = Reward(
+        reward,
+        config.reward_weights,
+        columns=reward_columns(stream.prompts.take([]), []),
+        tokenizer=trainer.tokenizer,
+    )
     measured = trained
     if config.eval_reward is not None:
-        measured = Reward(config.eval_reward, columns=(held_out or stream.prompts).columns)
+        columns = reward_columns((held_out or stream.prompts).take([]), [])
+        measured = Reward(config.eval_reward, columns=columns, tokenizer=trainer.tokenizer)
     warn_of_truncation(sampling)
     trainer.stop_ids = trainer.end_ids if sampling.stop_ids is None else frozenset(sampling.stop_ids)
     if not trainer.has_own_schedule:
@@ -192,7 +199,7 @@ def _iterate(run: _Run, interrupts: Interrupts) -> None:
         rollout = trainer.engine.generate(prompts.ids, run.sampling)
         times["time/generate"] = time.perf_counter() - start
         completions = decode(trainer.tokenizer, rollout)
-        scores = run.reward(as_given(prompts, trainer.tokenizer), completions, prompts.columns)
+        scores = run.reward(as_given(prompts, trainer.tokenizer), completions, reward_columns(prompts, rollout))
         times["time/score"] = time.perf_counter() - start - times["time/generate"]
         if _has_no_score(run, scores):
             return

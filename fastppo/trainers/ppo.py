@@ -16,17 +16,19 @@ from fastppo.core import flatten_dict, set_seed
 from fastppo.engine.engine import Engine
 from fastppo.engine.prompts import context_length
 from fastppo.engine.stopping import end_ids
+from fastppo.models.adapters import without_adapters
+from fastppo.models.critic import attach_critic
 from fastppo.models.network import causal_lm, language_head, to_bf16, verify_head
 from fastppo.models.reference import Reference
 from fastppo.models.storages import MemoryReport
 from fastppo.ops.matmul import row_invariant
-from fastppo.rewards import is_listed, parse_scores
+from fastppo.rewards import parse_scores
 from fastppo.trainers import generation, padded, report, setup, state
 from fastppo.trainers.conclude import conclude
 from fastppo.trainers.evaluate import evaluate
 from fastppo.trainers.memory import memory_report
 from fastppo.trainers.records import Records, is_current
-from fastppo.trainers.samples import check_samples
+from fastppo.trainers.samples import check_counts, check_samples
 from fastppo.trainers.update import optimise
 from fastppo.types import Evaluation, Experience, Rollout, Samples
 
@@ -85,6 +87,7 @@ class PPOTrainer:
         self.ref_model = self.reference.ref_model
         if self.ref_model is not None:
             self.ref_model.to(self.current_device)
+        attach_critic(self.model, self.config)
         if self.config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.engine = Engine(self.model, self.tokenizer, seed=self.config.seed, consistency=self.config.consistency)
@@ -150,6 +153,8 @@ class PPOTrainer:
             rewards, penalties = self._rewards(samples, evaluation, processed)
         with clock("compute_advantages"):
             advantages, returns = self._advantages(samples, evaluation, rewards)
+            if self.current_step < self.config.critic_warmup_steps:
+                returns = ppo.monte_carlo_returns(rewards, samples.offsets, self.config)
         experience = Experience(samples, evaluation, processed, rewards, penalties, advantages, returns)
         with clock("optimize_step"), self._exactness():
             losses = optimise(self.model, self.optimizer, experience, self.config, self.current_step)
@@ -164,12 +169,7 @@ class PPOTrainer:
         self, queries: Sequence[Tensor], responses: Any, scores: Any, masks: Any
     ) -> tuple[Samples, Tensor, Rollout | None]:
         """Check what came in, and decide whether the rollout's records can be believed."""
-        for name, given in (("queries", queries), ("responses", responses), ("scores", scores)):
-            count = len(given) if is_listed(given) else type(given).__name__
-            if count != self.config.batch_size:
-                raise ValueError(
-                    f"got {count} {name}, but PPOConfig.batch_size is {self.config.batch_size}; pass a whole batch"
-                )
+        check_counts(self.config.batch_size, queries=queries, responses=responses, scores=scores)
         parsed = parse_scores(scores, len(responses))
         rollout = responses if isinstance(responses, Rollout) else None
         temperature = rollout.temperature if rollout is not None else self.temperature
@@ -188,8 +188,8 @@ class PPOTrainer:
         return samples, parsed[list(samples.rows)].to(self.current_device), rollout if believed else None
 
     def _evaluate(self, samples: Samples, rollout: Rollout | None) -> Evaluation:
-        exact = self.config.kl_penalty == "full"
-        options: dict[str, Any] = {"max_size": self.config.micro_batch_size, "exact_kl": exact}
+        options: dict[str, Any] = {"max_size": self.config.micro_batch_size, "critic": self.config.critic}
+        options["exact_kl"] = self.config.kl_penalty == "full"
         if rollout is None or self.records.check(self.model, samples, rollout, self.current_step):
             return evaluate(self.model, self.reference, samples, rollout, **options)
         return self.records.weigh(evaluate(self.model, self.reference, samples, None, **options), samples, rollout)
@@ -293,4 +293,4 @@ class PPOTrainer:
 
     def optional_peft_ctx(self) -> AbstractContextManager[Any]:
         """Switch the adapter off inside the block, if there is one."""
-        return self.model.pretrained_model.disable_adapter() if self.is_peft_model else nullcontext()
+        return without_adapters(self.model.pretrained_model) if self.is_peft_model else nullcontext()

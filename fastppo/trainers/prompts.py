@@ -14,7 +14,7 @@ from fastppo.rewards import is_listed
 from fastppo.trainers.setup import EpochSampler
 
 _PROMPT_COLUMNS = ("prompt", "query", "text")
-_REWARD_ARGUMENTS = ("prompts", "completions")
+_REWARD_ARGUMENTS = ("prompts", "completions", "prompt_ids", "completion_ids")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _split_columns(data: Any, column: str | None) -> tuple[list[Any], dict[str, 
     if taken:
         warnings.warn(
             f"the data's columns {taken} are not handed to the reward, which gets the run's own prompts and completions"
-            " under these names; rename them, or choose the prompts with query_column",
+            " and their token ids under these names; rename them, or choose the prompts with query_column",
             stacklevel=4,
         )
     return prompts, {name: values for name, values in table.items() if name not in taken}
@@ -152,6 +152,12 @@ def as_given(prompts: Prompts, tokenizer: Any) -> list[Any]:
     """Return the prompts as a reward sees them: texts and chats as they came, token ids decoded."""
     is_ids = not isinstance(prompts.given[0], str) and not _is_chat(prompts.given[0])
     return decode(tokenizer, prompts.ids) if is_ids else prompts.given
+
+
+def reward_columns(prompts: Prompts, responses: Sequence[Tensor]) -> dict[str, list[Any]]:
+    """Return what a reward gets beside prompts and completions: their token ids, and the columns of the data."""
+    ids = {"prompt_ids": [prompt.tolist() for prompt in prompts.ids]}
+    return {**prompts.columns, **ids, "completion_ids": [response.tolist() for response in responses]}
 
 
 def _is_chat(prompt: Any) -> bool:

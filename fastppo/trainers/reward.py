@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, EvalPrediction, TrainingArguments
 
+from fastppo.atomic import write_json
 from fastppo.engine.prompts import context_length
-from fastppo.rewards import ENDS_WITH_EOS
-from fastppo.rewards import text_ids as text_ids
+from fastppo.reward_models import ADAPTER_FILE, ENDS_WITH_EOS
+from fastppo.reward_models import text_ids as text_ids
 from fastppo.trainers.supervised import SupervisedTrainer, add_adapter, choose_tokenizer, pin_memory_if_useful
 
 Pair = dict[str, Any]
@@ -44,7 +46,8 @@ class RewardTrainer(SupervisedTrainer):
     L = -mean log σ(r(chosen) - r(rejected) - margin) + c · mean (r(chosen) + r(rejected))²
 
     `model` has `num_labels=1`; EOS ends every text that is not cut at `max_length` or the model's context. `evaluate`
-    reports `eval_accuracy`, in which a tie is no success, and `eval_margin`, the mean difference.
+    reports `eval_accuracy`, in which a tie is no success, and `eval_margin`, the mean difference. With `peft_config` it
+    trains an adapter and the score head, and saves what `from_pretrained(..., reward_adapter=...)` of a policy takes.
     Source: Ouyang et al. 2022 (arXiv:2203.02155), equation 1; Touvron et al. 2023 (arXiv:2307.09288) for the margin.
     Raises ValueError for a model with more than one output or rows without the two columns.
     """
@@ -76,7 +79,7 @@ class RewardTrainer(SupervisedTrainer):
         setattr(model.config, ENDS_WITH_EOS, True)  # for whoever scores with the trained model
         length = min(args.max_length, context_length(model) or args.max_length)
         super().__init__(
-            model=add_adapter(model, peft_config),
+            model=add_adapter(model, None if peft_config is None else replace(peft_config, task_type="SEQ_CLS")),
             args=args,
             data_collator=data_collator or PairPadding(_pad_id(tokenizer)),
             train_dataset=None if train_dataset is None else encode_pairs(train_dataset, tokenizer, length),
@@ -94,6 +97,11 @@ class RewardTrainer(SupervisedTrainer):
         chosen, rejected = rewards.chunk(2)
         loss = pair_loss(chosen, rejected, inputs.get("margin"), self.args.center_rewards_coefficient or 0.0)
         return (loss, torch.stack([chosen, rejected], dim=1)) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and hasattr(self.model, "peft_config"):
+            write_json(Path(output_dir or self.args.output_dir) / ADAPTER_FILE, {ENDS_WITH_EOS: True})
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: list[str] | None = None

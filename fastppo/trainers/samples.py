@@ -15,6 +15,14 @@ from fastppo.types import Rollout, Samples, offsets_of
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+def check_counts(batch_size: int, **lists: Any) -> None:
+    """Raise ValueError, naming the list, unless each has `batch_size` entries."""
+    for name, given in lists.items():
+        count = len(given) if is_listed(given) else type(given).__name__
+        if count != batch_size:
+            raise ValueError(f"got {count} {name}, but PPOConfig.batch_size is {batch_size}; pass a whole batch")
+
+
 def check_samples(
     queries: Sequence[Tensor],
     responses: Sequence[Tensor] | Rollout,

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from fastppo.config import PPOConfig
+from fastppo.models.critic import critic_parameters
 from fastppo.models.value_head import AutoModelForCausalLMWithValueHead
 from fastppo.trainers.compact import make_compact_adamw
 from fastppo.trainers.masters import MasterAdam
@@ -55,6 +56,11 @@ def check_arguments(
     if config.optim != "adam" and optimizer is not None:
         raise ValueError(
             f"PPOConfig.optim={config.optim!r} came with an optimizer ({type(optimizer).__name__}); leave out either"
+        )
+    if config.critic != "head" and optimizer is not None:
+        raise ValueError(
+            f"PPOConfig.critic={config.critic!r} came with an optimizer ({type(optimizer).__name__}), made before the "
+            "critic that it would have to train; leave the optimizer out"
         )
     if ref_model is not None and not hasattr(ref_model, "parameters"):
         raise ValueError(f"ref_model must be a model or None, got {type(ref_model).__name__}")
@@ -121,7 +127,7 @@ def make_optimizer(model: Any, config: PPOConfig) -> torch.optim.Optimizer:
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
     groups: list[dict[str, Any]] = [{"params": parameters}]
     if config.critic_learning_rate is not None:
-        critic = {id(p) for p in model.v_head.parameters()}
+        critic = {id(p) for p in critic_parameters(model)}
         groups = [
             {"params": [p for p in parameters if id(p) not in critic]},
             {"params": [p for p in parameters if id(p) in critic], "lr": config.critic_learning_rate},

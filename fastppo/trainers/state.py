@@ -10,11 +10,12 @@ import torch
 
 from fastppo import checkpoint
 from fastppo.atomic import Pathlike, atomic_files
+from fastppo.config import PPOConfig
 from fastppo.models.network import weight_version
 
 _MOMENTS = ("mean", "std", "var", "count")
 # Settings that decide what the next step computes: a run that changes them is another run.
-_FIXED = ("seed", "batch_size", "learning_rate", "optim", "kl_penalty", "compat")
+_FIXED = ("seed", "batch_size", "learning_rate", "optim", "kl_penalty", "compat", "critic", "critic_warmup_steps")
 
 
 def save_pretrained(trainer: Any, directory: Pathlike, **kwargs: Any) -> None:
@@ -68,7 +69,8 @@ def resume_from(trainer: Any, directory: Pathlike) -> dict[str, Any]:
 
 def _check(trainer: Any, state: dict[str, Any]) -> None:
     now = {name: getattr(trainer.config, name) for name in _FIXED}
-    then = now | state["settings"]  # a checkpoint from before a setting came up says nothing of it
+    # A setting that was not known then had its default.
+    then = {name: state["settings"].get(name, getattr(PPOConfig, name)) for name in _FIXED}
     changed = [f"{name}: {then[name]!r} then, {now[name]!r} now" for name in _FIXED if then[name] != now[name]]
     if changed:
         raise ValueError(f"the checkpoint was written with other settings ({'; '.join(changed)}); use the same ones")

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastppo import ops, ppo
 from fastppo.config import PPOConfig
 from fastppo.models.attach import is_attached
+from fastppo.models.critic import critic_pass, critic_values
 from fastppo.models.network import checkpointing, evaluating, language_head
 from fastppo.models.offload import offloading
 from fastppo.models.passes import length_groups, pass_tokens, passing, response_hidden
@@ -25,14 +26,18 @@ from fastppo.types import Experience, LossTerms, Minibatch, Samples
 
 
 def optimise(model: Any, optimizer: Any, experience: Experience, config: PPOConfig, step: int) -> list[LossTerms]:
-    """Run the PPO epochs over an experience; return the losses of every minibatch, in order."""
+    """Run the PPO epochs over an experience; return the losses of every minibatch, in order.
+
+    In the first `critic_warmup_steps` steps only the critic is updated.
+    """
+    is_warmup = step < config.critic_warmup_steps
     losses: list[LossTerms] = []
     offload = offloading(model) if config.activation_offload else nullcontext()
     with evaluating(model), checkpointing(model), passing(model), offload:
         is_packed = is_attached(model)
         for epoch in range(config.ppo_epochs):
             for minibatch in minibatches(experience.samples, config, step, epoch, is_packed):
-                losses.append(train_minibatch(model, optimizer, experience, minibatch, config))
+                losses.append(train_minibatch(model, optimizer, experience, minibatch, config, is_warmup))
                 if not config.is_compat and _drifted(losses[-1], config):
                     return losses
             if _drifted(losses[-1], config):
@@ -81,16 +86,23 @@ def _minibatch(samples: Samples, rows: list[int], config: PPOConfig, is_packed: 
 
 
 def train_minibatch(
-    model: Any, optimizer: Any, experience: Experience, minibatch: Minibatch, config: PPOConfig
+    model: Any,
+    optimizer: Any,
+    experience: Experience,
+    minibatch: Minibatch,
+    config: PPOConfig,
+    is_warmup: bool = False,
 ) -> LossTerms:
-    """Accumulate the gradients of one minibatch, group by group, and take the optimiser step if it is sound."""
+    """Accumulate the gradients of one minibatch, group by group, and take the optimiser step if it is sound.
+
+    In a warm-up only the critic has gradients; what has none is no part of an optimiser's step.
+    """
     optimizer.zero_grad(set_to_none=True)  # whatever an interrupted step left behind
     logprobs, entropies, values = torch.full((3, len(minibatch.weights)), torch.nan).to(minibatch.weights).unbind()
     for group in minibatch.groups:
         tokens = experience.samples.take(group).to(minibatch.weights.device)
-        total, parts = _group_loss(model, experience, minibatch, group, tokens, config)
+        parts = _accumulate(model, experience, minibatch, group, tokens, config, is_warmup)
         logprobs[tokens], entropies[tokens], values[tokens] = parts
-        total.backward()
     rows = [row for group in minibatch.groups for row in group]
     tokens = experience.samples.take(rows).to(minibatch.weights.device)
     stats, ratio = _statistics(experience, minibatch, tokens, (logprobs, entropies, values), config)
@@ -98,29 +110,54 @@ def train_minibatch(
     return LossTerms(stats, torch.full_like(logprobs, torch.nan).index_copy(0, tokens, ratio), skipped, nonfinite)
 
 
-def _group_loss(
-    model: Any, experience: Experience, minibatch: Minibatch, group: tuple[int, ...], tokens: Tensor, config: PPOConfig
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Return a group's part of the loss, and its new log-probs, entropies and values (T',) without gradient."""
-    hidden = response_hidden(model, experience.samples, group)
-    head, weights = language_head(model), minibatch.weights[tokens]
-    old = None if minibatch.is_first else experience.evaluation.logprobs[tokens]
-    importance = experience.evaluation.importance
-    policy_loss = ops.PPOLoss(
-        old_logprobs=old,
+def _accumulate(
+    model: Any,
+    experience: Experience,
+    minibatch: Minibatch,
+    group: tuple[int, ...],
+    tokens: Tensor,
+    config: PPOConfig,
+    is_warmup: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add a group's gradients; return its new log-probs, entropies and values (T',), without gradient."""
+    with torch.no_grad() if is_warmup else nullcontext():
+        hidden = response_hidden(model, experience.samples, group)
+        head, policy_loss = language_head(model), _policy_loss(experience, minibatch, tokens, config)
+        # Detached, for the operation forms the gradient of a head that may have one.
+        weight = head.weight.detach() if is_warmup else head.weight
+        labels, shape = experience.samples.labels[tokens], head.arguments(experience.samples.temperature)
+        total = ops.linear_loss(hidden, weight, labels, policy_loss, ignore_index=None, **shape)
+    if config.critic == "head":
+        values = model.v_head(hidden.detach() if config.critic_detach else hidden).squeeze(-1)
+        (total + _value_loss(values, experience, minibatch, tokens, config)).backward()
+    else:
+        if not is_warmup:
+            total.backward()  # before the critic's pass: one network's activations at a time
+        with critic_pass(model, config.critic) as network:
+            values = critic_values(model, network, experience.samples, group)
+            _value_loss(values, experience, minibatch, tokens, config).backward()
+    return policy_loss.logprobs, policy_loss.entropies, values.detach()
+
+
+def _policy_loss(experience: Experience, minibatch: Minibatch, tokens: Tensor, config: PPOConfig) -> ops.PPOLoss:
+    weights, importance = minibatch.weights[tokens], experience.evaluation.importance
+    return ops.PPOLoss(
+        old_logprobs=None if minibatch.is_first else experience.evaluation.logprobs[tokens],
         advantages=experience.advantages[tokens],
         weights=weights if importance is None else weights * importance[tokens],
         clip_low=config.cliprange,
         clip_high=config.cliprange if config.cliprange_high is None else config.cliprange_high,
         entropy_coef=config.entropy_coef,
     )
-    labels, shape = experience.samples.labels[tokens], head.arguments(experience.samples.temperature)
-    total = ops.linear_loss(hidden, head.weight, labels, policy_loss, ignore_index=None, **shape)
-    values = model.v_head(hidden).squeeze(-1)
+
+
+def _value_loss(
+    values: Tensor, experience: Experience, minibatch: Minibatch, tokens: Tensor, config: PPOConfig
+) -> Tensor:
+    """Return a group's part of the weighted value loss, a scalar."""
     old_values, returns = experience.evaluation.values[tokens], experience.returns[tokens]
-    value_loss = ops.clipped_value_loss(values, old_values, returns, config.cliprange_value)
-    total = total + config.vf_coef * (value_loss * weights).sum()
-    return total, (policy_loss.logprobs, policy_loss.entropies, values.detach())
+    losses = ops.clipped_value_loss(values, old_values, returns, config.cliprange_value)
+    return config.vf_coef * (losses * minibatch.weights[tokens]).sum()
 
 
 @torch.no_grad()
