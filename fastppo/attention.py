@@ -37,7 +37,7 @@ class LayerShape:
 
     def pool(self, blocks: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return uninitialised keys and values in `like`'s dtype, laid out as `ops.attention.paged_write` says."""
-        if like.device.type != "cpu":
+        if like.device.type not in ("cpu", "meta"):
             sizes = (self.head_size, self.value_size)
             keys, values = (like.new_empty(blocks, BLOCK, self.kv_heads, size) for size in sizes)
             return keys, values

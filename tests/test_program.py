@@ -1,5 +1,7 @@
 """The decode program against the models' own forward, over staggered decodes, and the decoders that it refuses."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -195,6 +197,14 @@ def test_a_model_is_left_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_traced_model_can_be_freed():
+    model = make_model("llama")
+    program, alive = program_of(model), weakref.ref(model)
+    del model, program
+    gc.collect()
+    assert alive() is None
 
 
 def test_bad_input_is_named():

@@ -1,6 +1,6 @@
 """The `fastppo` command: its subcommands, and what its exit codes mean.
 
-0 done; 1 training broke down; 2 something given cannot work; 130 interrupted; 143 told to end.
+0 done; 1 training broke down, or a plan does not fit; 2 something given cannot work; 130 interrupted; 143 told to end.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ _USAGE = """usage: fastppo COMMAND [--flag VALUE ...] [--traceback]
   generate   talk to a model
   inspect    show how a model will be run, and why
   export     write a trained model as plain weights
+  plan       say what a run will take of memory, and what would fit
   demo       make a small model from nothing and improve it, without a download
   convert    import a TRL checkpoint whose value head is a pickle
   env        versions and machine, for a bug report
@@ -88,6 +89,12 @@ def _export(arguments: list[str]) -> int:
     return export(arguments)
 
 
+def _plan(arguments: list[str]) -> int:
+    from fastppo.cli.plan import plan
+
+    return plan(arguments)
+
+
 def _demo(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("fastppo demo", description="Make a small model from nothing and improve it.")
     parser.add_argument("--output_dir", default="runs/demo", help="folder for everything that the demo makes")
@@ -126,6 +133,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": _generate,
     "inspect": _inspect,
     "export": _export,
+    "plan": _plan,
     "demo": _demo,
     "convert": _convert,
     "env": _env,

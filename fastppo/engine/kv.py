@@ -78,6 +78,11 @@ class PagedCache:
         self.ledger = ledger
         return ledger
 
+    def least_bytes(self, length: int) -> int:
+        """Return the bytes that one sequence of this length needs."""
+        ledger = Ledger(self.windows, [0] * len(self.windows), 0)
+        return sum(self._block_bytes(window) * ledger.least(i, length) for i, window in enumerate(self.windows))
+
     def _check_fit(self, lengths: Sequence[int], least: list[int], costs: list[int], budget: int) -> None:
         needed = sum(cost * count for cost, count in zip(costs, least, strict=True))
         if needed > budget:

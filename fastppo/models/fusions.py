@@ -121,7 +121,7 @@ def _gated(name: str, module: nn.Module) -> Iterator[Fusion]:
     if activation is None or not isinstance(size, int) or dtype not in _TOLERANCE:
         return
     replacement = partial(_run_gated, module, activation)
-    deviation = _deviation(module, replacement, [_random(2, 3, size).to(dtype)])
+    deviation = _deviation(module, replacement, [_random(2, 3, size).to(dtype)]) if _has_numbers(module) else 0.0
     if deviation <= _TOLERANCE[dtype]:
         yield Fusion(name, f"gated {activation}", deviation, module, "forward", None, replacement)
 
@@ -133,9 +133,15 @@ def _lora(name: str, module: Any) -> Iterator[Fusion]:
         return
     dtype = module.base_layer.weight.dtype
     dtype = dtype if dtype in _TOLERANCE else torch.float32  # quantised weights take any
-    deviation = _deviation(module, replacement, [_random(2, 3, module.in_features).to(dtype)])
+    x = _random(2, 3, module.in_features).to(dtype)
+    deviation = _deviation(module, replacement, [x]) if _has_numbers(module) else 0.0
     if deviation <= _TOLERANCE[dtype]:
         yield Fusion(name, "lora", deviation, module, "forward", None, replacement)
+
+
+def _has_numbers(module: nn.Module) -> bool:
+    """Whether there is anything to compare: a model on the meta device is taken to be like its twin."""
+    return not any(parameter.is_meta for parameter in module.parameters())
 
 
 def _known_activation(function: Callable[[Tensor], Tensor]) -> str | None:

@@ -187,6 +187,26 @@ def _checkpointed(checkpoint: Any, function: Any, *args: Any) -> Any:
     return checkpoint(run, *args)
 
 
+@contextmanager
+def short_windows(model: nn.Module, limit: int) -> Iterator[None]:
+    """Shorten the model's windows and chunks inside, so that short sequences tell whether they are respected."""
+    places: list[Any] = [(module, vars(module)) for module in model.modules()]
+    places += [(module.config, vars(module.config)) for module, _ in places if hasattr(module, "config")]
+    changed = [
+        (place, name, own[name])
+        for place, own in places
+        for name in ("sliding_window", "attention_chunk_size")
+        if isinstance(own.get(name), int) and own[name] > limit
+    ]
+    try:
+        for place, name, _ in changed:
+            setattr(place, name, limit)
+        yield
+    finally:
+        for place, name, value in changed:
+            setattr(place, name, value)
+
+
 @torch.no_grad()
 def to_bf16(model: nn.Module) -> None:
     """Round the weights of the network to bf16, in place; adapters and the value head, which are small, stay fp32.

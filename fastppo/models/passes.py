@@ -17,6 +17,7 @@ from fastppo.models.attach import attached, is_attached, packed_hidden, pinned_r
 from fastppo.models.exact import NOT_EXACT, exact_linears
 from fastppo.models.network import causal_lm, last_hidden
 from fastppo.ops.attention import has_kernels
+from fastppo.ops.backends import kind_of
 from fastppo.ops.matmul import is_row_invariant
 from fastppo.types import Samples, offsets_of
 
@@ -29,7 +30,7 @@ _CPU_TOKENS = 512
 
 def pass_tokens(device: torch.device) -> int | None:
     """Return how many tokens a forward pass should have at most: what keeps a CPU's matmuls busy; None for no limit."""
-    return _CPU_TOKENS if device.type == "cpu" else None
+    return _CPU_TOKENS if kind_of(device) == "cpu" else None
 
 
 def length_groups(

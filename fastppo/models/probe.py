@@ -7,8 +7,7 @@ by name: a few random sequences are run in a layout and compared with the model'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,14 +17,13 @@ from torch import Tensor, nn
 
 from fastppo.attention import LayerCache, LayerShape, Paged, attending
 from fastppo.models.attach import attached, packed_hidden, pinned_rope
-from fastppo.models.network import causal_lm, evaluating, language_head, last_hidden
+from fastppo.models.network import causal_lm, evaluating, language_head, last_hidden, short_windows
 from fastppo.reference_attention import BLOCK
 
 # Three sequences that begin and end in different blocks of the cache, and are longer than the window below.
 _LENGTHS = (13, 22, 37)
 _WINDOW = 8
 _SMALL = 4096  # numbers in a parameter whose gradient is compared
-_WINDOWS = ("sliding_window", "attention_chunk_size")
 # How far log-probs may differ: so many times what one rounding of the embeddings or another batch does to them, at
 # least and at most so much. Sums in another order have moved them about as far as that rounding does, or less; lost
 # windows, caps, sinks and neighbours by 0.2 and more.
@@ -63,36 +61,33 @@ def verdict(model: nn.Module, name: str, run: Run) -> Verdict:
     return _remembered(model, name, lambda: _compare(model, run))
 
 
-def _remembered(model: nn.Module, name: str, compare: Callable[[], Verdict]) -> Verdict:
+def assume(model: nn.Module, verdicts: Mapping[str, Verdict]) -> None:
+    """Take verdicts for granted, by their names: of a model on the meta device, which has no numbers to compare."""
+    known = {(name, *_state(model)): verdict for name, verdict in verdicts.items()}
+    _verdicts.setdefault(causal_lm(model), {}).update(known)
+
+
+def _state(model: nn.Module) -> tuple[Any, ...]:
+    """Return what a verdict depends on besides its name."""
     inner = causal_lm(model)
     adapters = sorted((type(m).__name__, str(m.merged_adapters)) for m in model.modules() if hasattr(m, "lora_A"))
-    key = (name, inner.dtype, inner.device, tuple(adapters))
+    return inner.dtype, inner.device, tuple(adapters)
+
+
+def _remembered(model: nn.Module, name: str, compare: Callable[[], Verdict]) -> Verdict:
+    inner, key = causal_lm(model), (name, *_state(model))
     known = _verdicts.setdefault(inner, {})
     if key not in known:
         devices = [inner.device] if inner.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices), evaluating(model), pinned_rope(model), _windows(inner):
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices),
+            evaluating(model),
+            pinned_rope(model),
+            short_windows(inner, _WINDOW),
+        ):
             known[key] = compare()
     return known[key]
-
-
-@contextmanager
-def _windows(model: Any) -> Iterator[None]:
-    """Shorten the model's windows and chunks inside, so that short sequences tell whether they are respected."""
-    places = [(module, vars(module)) for module in model.modules()]
-    places += [(module.config, vars(module.config)) for module, _ in places if hasattr(module, "config")]
-    changed = [
-        (place, name, own[name])
-        for place, own in places
-        for name in _WINDOWS
-        if isinstance(own.get(name), int) and own[name] > _WINDOW
-    ]
-    try:
-        for place, name, _ in changed:
-            setattr(place, name, _WINDOW)
-        yield
-    finally:
-        for place, name, value in changed:
-            setattr(place, name, value)
 
 
 def _compare(model: nn.Module, run: Run) -> Verdict:

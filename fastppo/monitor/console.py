@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from fastppo.monitor.memory import peak_of_process
+
 # Steps that the estimate of the time left looks back on.
 _RECENT = 20
 
@@ -49,7 +51,7 @@ class Console:
             ("length", numbers.get("tokens/responses_len_mean"), "4.1f"),
         ):
             fields.append(f"{name} {_shown(value, form)}")
-        speed, memory = numbers.get("tokens/per_second"), numbers.get("memory/peak_bytes", _peak_of_process())
+        speed, memory = numbers.get("tokens/per_second"), numbers.get("memory/peak_bytes", peak_of_process())
         if speed is not None:
             fields.append(f"{speed:5.0f} tok/s")
         if memory is not None:
@@ -64,16 +66,6 @@ class Console:
 
 def _shown(value: Any, form: str) -> str:
     return "-".rjust(int(form.split(".")[0])) if value is None else f"{value:{form}}"
-
-
-def _peak_of_process() -> float | None:
-    """Return the most main memory that this process has held, in bytes."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak) if sys.platform == "darwin" else peak * 1024.0
 
 
 def _clock(seconds: float) -> str:

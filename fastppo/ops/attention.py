@@ -106,7 +106,7 @@ def paged_attention(
 def _pool_views(pool: Pool) -> Pool:
     """Return the pool in the CPU's layout, whatever lies behind it."""
     keys, values = pool
-    return pool if keys.device.type == "cpu" else (keys.permute(0, 2, 3, 1), values.permute(0, 2, 1, 3))
+    return pool if keys.device.type in ("cpu", "meta") else (keys.permute(0, 2, 3, 1), values.permute(0, 2, 1, 3))
 
 
 def _serves_pool(pool: Pool, *parts: Tensor) -> bool:

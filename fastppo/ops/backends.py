@@ -18,6 +18,42 @@ except ImportError:  # built without a compiler: everything still runs, in Pytho
 BACKENDS = ("auto", "reference", "native", "triton")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _choice = "auto"
+_rehearsed: tuple[str, int] | None = None  # the device that meta tensors stand for, and its bytes
+# What works on numbers of the host, which a rehearsal has.
+_ON_HOST = ("pack", "gae", "checksum")
+
+
+class _Silent:
+    """The C++ kernels for tensors without contents: they are called, and do nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_native, name) if name in _ON_HOST else lambda *arguments: None
+
+
+@contextmanager
+def rehearsing(kind: str, memory: int) -> Iterator[None]:
+    """Let meta tensors take, inside, the way of tensors on a device of this kind, cpu or cuda, with `memory` bytes.
+
+    Kernels do nothing, so that a pass makes all the tensors that it would make there, and computes nothing.
+    """
+    global _rehearsed
+    previous, _rehearsed = _rehearsed, (kind, memory)
+    try:
+        yield
+    finally:
+        _rehearsed = previous
+
+
+def kind_of(device: torch.device) -> str:
+    """Return the type of a device; of meta, in a rehearsal, that of the device that it stands for."""
+    return _rehearsed[0] if _rehearsed is not None and device.type == "meta" else device.type
+
+
+def memory_of(device: torch.device) -> int:
+    """Return the bytes of memory of a CUDA device, or of the one that is rehearsed for."""
+    if _rehearsed is not None and device.type == "meta":
+        return _rehearsed[1]
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 @contextmanager
@@ -41,7 +77,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 def backend(device: torch.device) -> str:
     """Return the name of the backend that serves tensors of this device: native, triton or reference."""
-    is_host, is_cuda = device.type == "cpu", device.type == "cuda"
+    is_rehearsed = _rehearsed is not None and device.type == "meta"
+    is_host, is_cuda = device.type == "cpu" or is_rehearsed, device.type == "cuda"
     if _choice == "native" and not is_host:
         raise RuntimeError(f"backend 'native' serves tensors in host memory, got one on {device}")
     if _choice == "triton" and not is_cuda and not is_interpreting():
@@ -60,7 +97,7 @@ def is_interpreting() -> bool:
 
 def native() -> Any:
     """Return the C++ extension; only to be called where `backend` said native."""
-    return _native
+    return _native if _rehearsed is None else _Silent()
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.ops.backends import backend
+from fastppo.ops.backends import backend, kind_of, memory_of
 from fastppo.ops.matmul import FLOAT_TYPES, is_row_invariant, small_linear
 from fastppo.ops.row_types import Reference, Scaling
 
@@ -23,7 +23,7 @@ _SMALL_CARD_BYTES = 24 * 2**30
 def chunk_rows(vocabulary: int, device: torch.device | None = None) -> int:
     """Return how many rows of the head are computed at a time for this vocabulary on this device (CPU by default)."""
     size = "cpu"
-    if device is not None and device.type == "cuda":
+    if device is not None and kind_of(device) == "cuda":
         size = "small card" if is_small_card(device) else "large card"
     rows = _CHUNK_BYTES[size] // (4 * vocabulary)
     return max(_MIN_CHUNK_ROWS, rows // _ROW_MULTIPLE * _ROW_MULTIPLE)
@@ -31,7 +31,7 @@ def chunk_rows(vocabulary: int, device: torch.device | None = None) -> int:
 
 def is_small_card(device: torch.device) -> bool:
     """Whether a CUDA device has at most 24 GiB of memory."""
-    return bool(torch.cuda.get_device_properties(device).total_memory <= _SMALL_CARD_BYTES)
+    return memory_of(device) <= _SMALL_CARD_BYTES
 
 
 def cut(num_rows: int, step: int, offsets: Tensor | None = None) -> list[slice]:
@@ -72,7 +72,7 @@ class LogitBuffer:
         self._is_ours = is_native and (is_exact or not needs_gradient)
         # bf16 logits cost 0.02 nats a token, as much as a step of PPO moves. Of torch's matmuls only CUDA's can widen;
         # and where the logits of a decode step must be the update's to the last bit, they must be bf16 as well.
-        widens = weight.device.type == "cuda" or (self._is_ours and not is_exact)
+        widens = kind_of(weight.device) == "cuda" or (self._is_ours and not is_exact)
         self.dtype = torch.float32 if is_low and widens else weight.dtype
         self.buffer = weight.new_empty(rows, len(weight), dtype=self.dtype)
         self._gradient = self.buffer if self.dtype == weight.dtype else None

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastppo import reference_fused
-from fastppo.ops.backends import backend, native
+from fastppo.ops.backends import backend, kind_of, native
 
 # Norms' weight gradients are summed over this many blocks of rows at most, one after another within a block.
 _MAX_BLOCKS = 64
@@ -23,7 +23,7 @@ def is_native(*tensors: Tensor) -> bool:
     """Whether the C++ kernels serve these tensors together: in host memory, all fp32 or all bf16."""
     dtype = tensors[0].dtype
     is_served = dtype in (torch.float32, torch.bfloat16) and all(
-        tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors
+        tensor.dtype == dtype and kind_of(tensor.device) == "cpu" for tensor in tensors
     )
     return is_served and backend(tensors[0].device) == "native"
 

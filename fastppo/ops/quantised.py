@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastppo.ops.backends import backend, on_device
+from fastppo.ops.backends import backend, kind_of, on_device
 from fastppo.ops.matmul import FLOAT_TYPES, is_row_invariant, multiply
 
 # Codes are turned into floats so many bytes at a time: on a CPU a part that its cache holds, on a GPU one large
@@ -82,7 +82,7 @@ def _backward(rows: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 def _parts(count: int, size: int, rows: Tensor) -> Iterator[slice]:
     """Yield slices of `count` vectors of codes, each of which becomes `size` floats of rows' dtype."""
-    step = max(64, _SCRATCH.get(rows.device.type, _SCRATCH["cuda"]) // (size * rows.element_size()))
+    step = max(64, _SCRATCH.get(kind_of(rows.device), _SCRATCH["cuda"]) // (size * rows.element_size()))
     for start in range(0, count, step):
         yield slice(start, start + step)
 

@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fastppo.engine.prompts import context_length
 from fastppo.monitor import RunFolder
 from fastppo.rewards import Reward
 from fastppo.trainers import setup
+from fastppo.trainers.forecast import Forecast
 from fastppo.trainers.generation import warn_of_truncation
 from fastppo.trainers.held_out import Measurement, measure
 from fastppo.trainers.interrupts import Interrupts
@@ -71,6 +73,7 @@ class _Run:
     eval_prompts: Prompts | None
     eval_reward: Reward
     folder: RunFolder | None = None
+    forecast: Forecast | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     best: float = -math.inf
@@ -102,6 +105,7 @@ def train(trainer: Any, prompts: Any, reward: Any, **kwargs: Any) -> list[dict[s
             "raise it to go on"
         )
     if config.output_dir is not None:
+        run.forecast = _forecast(run)
         settings = {"loop": generation_kwargs | {"max_steps": config.max_steps}, "config": trainer.config.to_dict()}
         run.folder = RunFolder(
             config.output_dir,
@@ -114,6 +118,13 @@ def train(trainer: Any, prompts: Any, reward: Any, **kwargs: Any) -> list[dict[s
         )
     _go(run)
     return run.history
+
+
+def _forecast(run: _Run) -> Forecast | None:
+    """Plan the memory of a step, where the model can be rehearsed."""
+    with suppress(NotImplementedError):
+        return Forecast(run.trainer, max(map(len, run.stream.prompts.ids)), run.sampling.max_new_tokens)
+    return None
 
 
 def _prepare(trainer: Any, prompts: Any, reward: Any, config: LoopConfig, generation_kwargs: dict[str, Any]) -> _Run:
@@ -282,6 +293,8 @@ def _finish(run: _Run, start: float) -> None:
     if run.folder is None or run.config.output_dir is None:
         return
     run.summary |= {"steps": run.trainer.current_step, "seconds": time.perf_counter() - start}
+    if run.forecast is not None:
+        run.summary |= run.forecast.summary()
     if "kl_after" in run.summary:
         run.summary["kl"] = run.summary["kl_after"]
     run.trainer.save_pretrained(run.config.output_dir)
