@@ -238,3 +238,28 @@ def test_adapters_that_cannot_score_are_refused(folders, tmp_path):
         model.compute_reward_score(torch.tensor([[3]]))
     with pytest.raises(ValueError, match="has no reward adapter; load it with"):
         trainer_of(model).train(PROMPTS, model, max_steps=1, max_new_tokens=4, console=False)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_four_parts_live_on_one_quantised_base(folders, bits):
+    """Policy, frozen reference, critic and reward: adapters on codes that are there once, and stay what they are."""
+    settings = {"load_in_8bit": True} if bits == 8 else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    model = policy(folders, **settings)
+    config = PPOConfig(batch_size=4, mini_batch_size=2, critic="adapter", learning_rate=1e-2)
+    trainer = PPOTrainer(config, model, tokenizer=tiny.tokenizer())
+    codes = {n: p.detach().clone() for n, p in model.named_parameters() if not p.is_floating_point()}
+    assert len(codes) == 14
+    expected = sum(part.nbytes for part in codes.values())
+    reports, step = [trainer.memory_report()], trainer.optimizer.step
+    trainer.optimizer.step = lambda: (reports.append(trainer.memory_report()), step())
+    trainer.train(tiny.queries(8), model, max_steps=2, max_new_tokens=6, console=False)
+    reports.append(trainer.memory_report())
+    assert len(reports) > 4
+    for report in reports:
+        base = [part for part in report.storages if part.owner == "base" and part.dtype in ("int8", "uint8")]
+        weights = [part for part in base if part.name.endswith(".weight")]
+        assert sum(part.bytes for part in weights) == expected
+        assert {part.used_by for part in weights} == {("policy", "reference", "critic", "reward")}
+        assert {"policy adapter", "critic adapter", "reward adapter", "value head"} <= set(report.by_owner())
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(parameters[name], before) for name, before in codes.items())

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from fastppo.models.critic import CRITIC, critic_kind
 from fastppo.models.reference import REFERENCE_ADAPTER
 from fastppo.models.storages import Census, MemoryReport, named_tensors
 from fastppo.ops.chunks import LogitBuffer
 
-_BASE, _HEAD = "base", "value head"
+_BASE, _HEAD, _CRITIC, _SCORE = "base", "value head", "critic network", "score head"
 
 
 def memory_report(trainer: Any) -> MemoryReport:
@@ -37,26 +38,41 @@ def memory_report(trainer: Any) -> MemoryReport:
 
 
 def _count_network(census: Census, trainer: Any) -> None:
-    """Count the network by its parts; without a model of its own the reference is the base with another adapter."""
-    adapters = list(getattr(trainer.model.pretrained_model, "peft_config", ()))
-    policy = next((name for name in adapters if name != REFERENCE_ADAPTER), None)
+    """Count the network by its parts, with who uses each: the base is everybody's who has no network of his own."""
+    model, kind = trainer.model, critic_kind(trainer.model)
+    adapters = list(getattr(model.pretrained_model, "peft_config", ()))
+    others = (REFERENCE_ADAPTER, CRITIC, model.reward_adapter_name)
+    policy = next((name for name in adapters if name not in others), None)
+    everybody = {
+        "policy": True,
+        "reference": trainer.ref_model is None,
+        "critic": kind != "full",
+        "reward": model.reward_adapter_name is not None,
+    }
+    owners = {
+        policy: ("policy adapter", ("policy", "critic") if kind == "head" else ("policy",)),
+        REFERENCE_ADAPTER: ("reference adapter", ("reference",)),
+        CRITIC: ("critic adapter", ("critic",)),
+        model.reward_adapter_name: ("reward adapter", ("reward",)),
+        _HEAD: (_HEAD, ("critic",)),
+        _CRITIC: (_CRITIC, ("critic",)),
+        _SCORE: ("reward adapter", ("reward",)),
+        _BASE: (_BASE, tuple(user for user, uses_it in everybody.items() if uses_it)),
+    }
     parts: dict[str, list[tuple[str, Tensor]]] = {}
-    for name, tensor in named_tensors(trainer.model):
+    for name, tensor in named_tensors(model):
         parts.setdefault(_part_of(name, adapters), []).append((name, tensor))
-    owners = {policy: "policy adapter", REFERENCE_ADAPTER: "reference adapter"}
-    users = {policy: ("policy", "critic"), REFERENCE_ADAPTER: ("reference",), _HEAD: ("critic",)}
-    users[_BASE] = ("policy", "critic") if trainer.ref_model is not None else ("policy", "reference", "critic")
     for part, tensors in parts.items():
-        owner = owners.get(part, f"adapter {part}" if part in adapters else part)
-        for user in users.get(part, (part,)):
+        owner, users = owners.get(part, (f"adapter {part}", (part,)))
+        for user in users:
             census.add(owner, user, tensors)
 
 
 def _part_of(name: str, adapters: list[str]) -> str:
-    """Return the adapter that a tensor belongs to, or value head or base."""
-    if name.startswith("v_head."):
-        return _HEAD
-    return next((part for part in reversed(name.split(".")) if part in adapters), _BASE)
+    """Return the adapter that a tensor belongs to, or what else of the model it is part of."""
+    heads = {"v_head.": _HEAD, "critic.": _CRITIC, "score.": _SCORE}
+    head = next((part for prefix, part in heads.items() if name.startswith(prefix)), _BASE)
+    return next((part for part in reversed(name.split(".")) if part in adapters), head)
 
 
 def _optimiser_tensors(optimizer: Any, parameters: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
