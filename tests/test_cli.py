@@ -179,6 +179,14 @@ WRONG = {
         ["ppo", "--config", "run.yaml", "--reward", "cli_test_reward.py:share_of_b"],
         "did you mean share_of_a",
     ),
+    "no reward at all": (
+        ["ppo", "--model_name_or_path", "model", "--dataset_name", "prompts.jsonl"],
+        "nothing says what is good: set reward to module:function",
+    ),
+    "no reward adapter": (
+        ["ppo", "--config", "run.yaml", "--reward_adapter", "./absent"],
+        "there is no directory ./absent",
+    ),
     "no reward form": (["ppo", "--config", "run.yaml", "--reward", "share_of_a"], "module:function"),
     "no room to evaluate": (["ppo", "--config", "run.yaml", "--eval_every", "2"], "eval_size"),
     "8 bits without adapter": (["ppo", "--config", "run.yaml", "--load_in_8bit"], "--use_peft"),
@@ -276,3 +284,19 @@ def test_inspect_compares_a_quantised_model_with_its_base(workplace, capsys):
     assert "add load_in_8bit or _4bit" in capsys.readouterr().err
     assert main([*given, "--load_in_8bit", "true", "--text_column", "body"]) == 2
     assert "has no column 'body', only ['text']" in capsys.readouterr().err
+
+
+def test_a_reward_adapter_is_a_reward_by_itself(here, capsys):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    judge = LlamaForSequenceClassification.from_pretrained("model", num_labels=1)
+    get_peft_model(judge, LoraConfig(task_type="SEQ_CLS", r=2, init_lora_weights=False)).save_pretrained("judge")
+    given = ["--model_name_or_path", "model", "--dataset_name", "prompts.jsonl", "--reward_adapter", "./judge"]
+    given += ["--use_peft", "true", "--max_steps", "1", "--batch_size", "8", "--mini_batch_size", "8"]
+    assert main(["ppo", *given, "--max_new_tokens", "4", "--output_dir", "judged"]) == 0
+    config = json.loads((here / "judged" / "adapter_config.json").read_text())
+    assert {name.rpartition(".")[2] for name in config["target_modules"]} >= {"q_proj", "down_proj"}
+    metrics = [json.loads(line) for line in (here / "judged" / "metrics.jsonl").read_text().splitlines()]
+    assert any(value for row in metrics for name, value in row.items() if "reward" in name or "score" in name)

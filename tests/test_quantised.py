@@ -1,6 +1,7 @@
 """Linear layers on 8-bit and 4-bit weights: products, gradients, and one meaning wherever a model runs."""
 
 import copy
+import json
 
 import bitsandbytes as bnb
 import pytest
@@ -204,3 +205,17 @@ def test_an_adapter_opens_in_plain_peft(tmp_path):
     plain = PeftModel.from_pretrained(dense(quantise(tiny.llama(hidden_size=64, intermediate_size=128), 8)), tmp_path)
     ids = torch.randint(3, 40, (2, 9))
     torch.testing.assert_close(model.pretrained_model(ids).logits, plain(ids).logits, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_run_is_planned_before_it_starts(bits, tmp_path):
+    trainer = PPOTrainer(PPOConfig(batch_size=8, mini_batch_size=4, ppo_epochs=1), adapted(bits))
+
+    def reward(prompts, completions):
+        return [float(len(completion)) for completion in completions]
+
+    given = {"max_steps": 2, "max_new_tokens": 5, "console": False, "output_dir": str(tmp_path / "run")}
+    trainer.train(tiny.queries(16), reward, **given)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    codes = sum(part.nbytes for part in codes_of(trainer.model).values())
+    assert codes < summary["planned_peak_bytes"] < 40 * codes

@@ -39,7 +39,7 @@ class PlanArguments:
     lora_r: int | None = None
     """Rank of a LoRA adapter; by default all weights are trained."""
     lora_target_modules: list[str] | None = None
-    """Layers that get an adapter, or all-linear; by default the attention's, as peft knows them."""
+    """Layers that get an adapter; by default all linear ones but the head."""
     load_in_8bit: bool = False
     load_in_4bit: bool = False
     json: bool = False
@@ -151,7 +151,7 @@ def _read(options: PlanArguments, config: PPOConfig) -> tuple[Any, Any]:
         dtype=None if options.dtype is None else getattr(torch, _DTYPES[options.dtype]),
         bits=8 if options.load_in_8bit else 4 if options.load_in_4bit else None,
         lora_r=rank,
-        lora_targets="all-linear" if targets == ["all-linear"] else None if targets is None else tuple(targets),
+        lora_targets="all-linear" if targets in (None, ["all-linear"]) else tuple(targets),
         bf16=config.bf16,
         gradient_checkpointing=config.gradient_checkpointing,
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastppo.cli.arguments import parse_dataclasses
 from fastppo.cli.data import hold_out, read_rows
-from fastppo.cli.loading import load_reward, load_tokenizer
+from fastppo.cli.loading import check_directory, load_reward, load_tokenizer
 from fastppo.config import PPOConfig
 
 _DTYPES = {name: name for name in ("float32", "bfloat16", "float16", "auto")}
@@ -26,8 +26,10 @@ class PPOArguments:
     """Directory or hub name of a language model, or of an adapter to train further."""
     dataset_name: str
     """Prompts: a .jsonl, .json, .csv, .txt or .parquet file, or a dataset of the hub."""
-    reward: list[str]
+    reward: list[str] = field(default_factory=list)
     """module:function or file.py:function, called as (prompts, completions, **columns); several are summed."""
+    reward_adapter: str | None = None
+    """Directory or hub name of a reward adapter for the same base; its score is the last of the rewards."""
     reward_weights: list[float] | None = None
     """One weight per reward; by default 1 each."""
     config: str | None = None
@@ -63,7 +65,7 @@ class PPOArguments:
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     lora_target_modules: list[str] | None = None
-    """Layers that get an adapter, or all-linear; by default the attention's, as peft knows them."""
+    """Layers that get an adapter; by default all linear ones but the head."""
     load_in_8bit: bool = False
     load_in_4bit: bool = False
     dtype: str | None = None
@@ -76,6 +78,8 @@ class PPOArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not self.reward and self.reward_adapter is None:
+            raise ValueError("nothing says what is good: set reward to module:function, or reward_adapter to a folder")
         if self.eval_every is not None and not self.eval_size:
             raise ValueError(f"eval_every={self.eval_every} needs held-out prompts; set eval_size, for example to 64")
         if self.dtype is not None and self.dtype not in _DTYPES:
@@ -99,7 +103,10 @@ def ppo(arguments: list[str]) -> int:
         options.eval_size,
         options.query_column,
     )
+    if options.reward_adapter is not None:
+        check_directory(options.reward_adapter, "check reward_adapter")
     trainer = make_trainer(options, config)
+    rewards += [trainer.model] if options.reward_adapter is not None else []
     return _train(options, trainer, rows, held_out, rewards)
 
 
@@ -120,6 +127,8 @@ def make_trainer(options: PPOArguments, config: PPOConfig) -> Any:
     for name in ("load_in_8bit", "load_in_4bit"):
         if getattr(options, name):
             kwargs[name] = True
+    if options.reward_adapter is not None:
+        kwargs["reward_adapter"] = options.reward_adapter
     tokenizer = load_tokenizer(options.model_name_or_path)
     set_seed(config.seed)  # a value head that the model does not have, and a new adapter, start at random
     model = AutoModelForCausalLMWithValueHead.from_pretrained(options.model_name_or_path, **kwargs)
@@ -135,7 +144,7 @@ def _lora(options: PPOArguments) -> Any:
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules="all-linear" if names == ["all-linear"] else names,
+        target_modules="all-linear" if names in (None, ["all-linear"]) else names,
         task_type="CAUSAL_LM",
     )
 

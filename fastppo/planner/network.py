@@ -20,7 +20,7 @@ from fastppo.models.value_head import AutoModelForCausalLMWithValueHead
 from fastppo.ops.backends import rehearsing
 from fastppo.planner.quantised import Quantised, quantise
 
-_BITS = {"Linear8bitLt": 8, "Int8Linear": 8, "Linear4bit": 4, "Linear4Bit": 4}  # bitsandbytes', and as adopted
+_BITS = {"Int8Params": 8, "Params4bit": 4}  # by the weight: PEFT's wrappers have the layers' names
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,9 @@ def twin(model: Any, reference: Any) -> Network:
     """Return a network like a policy and its reference (None: the same weights) in memory, sharing what they share."""
     memo: dict[int, Any] = {}
     for module in [*model.modules(), *(() if reference is None else reference.modules())]:
-        if type(module).__name__ in _BITS:
-            memo[id(module)] = Quantised(module, _BITS[type(module).__name__])
+        bits = _BITS.get(type(module._parameters.get("weight")).__name__)
+        if bits is not None:
+            memo[id(module)] = Quantised(module, bits)
             memo[id(module)].bias = None if module.bias is None else _empty(module.bias)
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
             if tensor is not None:
