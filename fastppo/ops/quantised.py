@@ -18,9 +18,9 @@ from fastppo.ops.matmul import FLOAT_TYPES, is_row_invariant, multiply
 # Codes are turned into floats so many bytes at a time: on a CPU a part that its cache holds, on a GPU one large
 # enough to keep the matmul busy.
 _SCRATCH = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
-# Up to so many rows codes are multiplied as they are. Measured on two cores of an AMD EPYC 9004 at 768x2048 and 4096x4096:
-# beside a matmul with widened weights our own takes 0.9 to 1.1 of the time at 96 rows in bf16 and 1.05 from 256 on; in
-# fp32 0.8 at 512. The Triton kernel's limit is its tile's; what it takes was not measured yet.
+# Up to so many rows codes are multiplied as they are. Measured on two cores of an AMD EPYC 9004 at 768x2048 and
+# 4096x4096: our own matmul takes 0.9 to 1.1 times what one with widened weights does at 96 rows in bf16, 1.05 from 256
+# on, and in fp32 0.8 at 512. The Triton kernel's limit is its tile's; what it takes was not measured yet.
 FEW_ROWS = {torch.bfloat16: 96, torch.float32: 1024}
 _FEW_ROWS_CUDA = 64
 
