@@ -240,7 +240,7 @@ def test_adapters_that_cannot_score_are_refused(folders, tmp_path):
         trainer_of(model).train(PROMPTS, model, max_steps=1, max_new_tokens=4, console=False)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
 def test_four_parts_live_on_one_quantised_base(folders, bits):
     """Policy, frozen reference, critic and reward: adapters on codes that are there once, and stay what they are."""
     settings = {"load_in_8bit": True} if bits == 8 else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

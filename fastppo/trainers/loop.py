@@ -86,8 +86,7 @@ def train(trainer: Any, prompts: Any, reward: Any, **kwargs: Any) -> list[dict[s
     Args:
         prompts: texts, chats, lists of token ids, or a dataset; its other columns go to the reward.
         reward: a callable (prompts, completions, **columns) -> list or tensor of numbers, a classification model, the
-            trainer's model if it has a reward adapter, or a list of these; None for a response leaves it out of the
-            update. `prompt_ids` and `completion_ids` are among the columns.
+            trainer's model if it has a reward adapter, or a list of these; None leaves a response out of the update.
         kwargs: the fields of `LoopConfig`, `max_steps` above all; all others are generation arguments.
 
     An interrupt stops a rollout at once and lets an update finish; what is finished is saved, then it is raised.
