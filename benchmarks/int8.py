@@ -32,7 +32,7 @@ NOTES = [
     "weights are int8 with a scale for each row of outputs, activations and results bf16",
     "rounds x: activations are int8 as well, which weight-only quantisation is not; no peer to be measured by",
     "rows alone: the sums of `consistency='exact'`, which do not depend on the number of rows",
-    "peak_bytes: high-water mark of the one process in which all run",
+    "peak_bytes is not measured here",
 ]
 
 
