@@ -162,10 +162,8 @@ def main(argv: list[str] | None = None) -> None:
             run_case(folder, dtype, arguments, found)
     found["ratios"] = ratios(found["rows"])
     if arguments.output:
-        limit = arguments.foreign_limit if math.isfinite(arguments.foreign_limit) else None
-        rest = {name: value for name, value in found.items() if name != "rows"}
         command = " ".join(["python -m benchmarks.adapters", *argv])
-        measure.write_result(arguments.output, command, found["rows"], foreign_limit=limit, **rest)
+        measure.write_found(arguments.output, command, found, arguments.foreign_limit)
     print(measure.table(found["rows"]))
     print("as long as ours:", found["ratios"])
 

@@ -204,3 +204,10 @@ def write_result(path: Path, command: str, result_rows: list[dict[str, Any]], **
     document = {"machine": machine(), "versions": versions(), "command": command, "rows": result_rows} | more
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def write_found(path: Path, command: str, found: dict[str, Any], foreign_limit: float) -> None:
+    """Write all that a benchmark found, its rows among it, with the limit if there was one."""
+    more = {name: value for name, value in found.items() if name != "rows"}
+    limit = foreign_limit if math.isfinite(foreign_limit) else None
+    write_result(path, command, found["rows"], foreign_limit=limit, **more)

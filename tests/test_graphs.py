@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from test_paged_engine import AGREEMENT, LIMITS, MODELS, bytes_of_a_block, expected
+from test_paged_engine import LIMITS, MODELS, assert_expected, bytes_of_a_block
 
 from fastppo import Engine, SamplingConfig
 from fastppo.engine import engine as engine_module
@@ -53,11 +53,7 @@ def test_equals_the_naive_loop_whatever_the_schedule(name, rows, tokens, blocks)
     metrics = engine.metrics()
     assert metrics["decoder"] == "graphs"
     assert metrics["decode_tokens"] >= len(rollout.tokens) - 12 - metrics["recomputed_tokens"]
-    for (tokens, logprobs), response, mine in zip(
-        expected(name), rollout, rollout.split(rollout.logprobs), strict=True
-    ):
-        assert response.tolist() == tokens
-        torch.testing.assert_close(mine, torch.tensor(logprobs), atol=AGREEMENT, rtol=0)
+    assert_expected(name, rollout)
 
 
 def one_by_one(monkeypatch, make, *args, **more):

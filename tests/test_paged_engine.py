@@ -57,6 +57,15 @@ def expected(name):
     return [naive(model, queries[i // 2].tolist(), LIMITS[i // 2], seed=7, request=i) for i in range(12)]
 
 
+def assert_expected(name, rollout):
+    """Assert that the rollout is what the naive loop generates."""
+    for (tokens, logprobs), response, mine in zip(
+        expected(name), rollout, rollout.split(rollout.logprobs), strict=True
+    ):
+        assert response.tolist() == tokens
+        torch.testing.assert_close(mine, torch.tensor(logprobs), atol=AGREEMENT, rtol=0)
+
+
 def bytes_of_a_block(model):
     engine = Engine(model)
     engine.generate([[5] * 10], max_new_tokens=6)
@@ -72,11 +81,7 @@ def test_equals_the_naive_loop_whatever_the_schedule(name, rows, tokens, blocks)
     rollout = engine.generate(queries, SamplingConfig(), n=2, max_new_tokens=LIMITS)
     assert engine.metrics()["tier"] == "A"
     assert memory is None or engine.metrics()["kv_bytes"] <= memory
-    for (tokens, logprobs), response, mine in zip(
-        expected(name), rollout, rollout.split(rollout.logprobs), strict=True
-    ):
-        assert response.tolist() == tokens
-        torch.testing.assert_close(mine, torch.tensor(logprobs), atol=AGREEMENT, rtol=0)
+    assert_expected(name, rollout)
 
 
 def test_the_cases_preempt_and_end_early():
