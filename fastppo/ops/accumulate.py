@@ -19,14 +19,24 @@ _MOVED_ROWS = 32
 
 
 class Gradients:
-    """The gradients of hidden (T, H), weight (V, H) and bias (V,), those that are wanted, added chunk by chunk."""
+    """The gradients of hidden (T, H), weight (V, H) and bias (V,), those that are wanted, added chunk by chunk.
+
+    That of the weight is added to `into` (V, H) if that is given.
+    """
 
     def __init__(
-        self, needs: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None, *, is_single: bool
+        self,
+        needs: tuple[bool, ...],
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        is_single: bool,
+        into: Tensor | None = None,
     ):
-        self.weight = weight
+        self.weight, self.into = weight, into
         self.d_hidden = torch.empty_like(hidden) if needs[0] else None
-        self.d_weight = _sum_of(weight, is_single) if needs[1] else None
+        self.d_weight = _sum_of(weight, is_single, into) if needs[1] else None
         self.d_bias: Tensor | None = None
         if bias is not None and needs[2]:
             self.d_bias = torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32))
@@ -64,9 +74,14 @@ class Gradients:
         self.add(du, hidden[rows], rows)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients in the dtypes of what they belong to."""
+        """Return the gradients in the dtypes of what they belong to; none of the weight if it was added elsewhere."""
         d_bias = None if self.d_bias is None else self.d_bias.to(self.weight.dtype)
-        return self.d_hidden, None if self.d_weight is None else self.d_weight.finish(), d_bias
+        d_weight = None if self.d_weight is None else self.d_weight.finish()
+        if d_weight is not None and self.into is not None:
+            if d_weight is not self.into:
+                self.into += d_weight
+            d_weight = None
+        return self.d_hidden, d_weight, d_bias
 
 
 def _move_to_front(du: Tensor, is_used: Tensor) -> Tensor:
@@ -80,19 +95,20 @@ def _move_to_front(du: Tensor, is_used: Tensor) -> Tensor:
     return order[:count]
 
 
-def _sum_of(weight: Tensor, is_single: bool) -> _PlainSum | _HalvesSum | _WideSum:
+def _sum_of(weight: Tensor, is_single: bool, into: Tensor | None) -> _PlainSum | _HalvesSum | _WideSum:
     if is_single or weight.dtype in (torch.float32, torch.float64):
-        return _PlainSum(weight)
+        return _PlainSum(weight, into)
     if weight.dtype == torch.bfloat16 and backend(weight.device) == "native":
         return _HalvesSum(weight)
     return _WideSum(weight)
 
 
 class _PlainSum:
-    """A sum in the weight's own dtype."""
+    """A sum in the weight's own dtype, with what lies in `total` if that is given."""
 
-    def __init__(self, weight: Tensor):
-        self.total, self.is_first = torch.empty_like(weight, memory_format=torch.contiguous_format), True
+    def __init__(self, weight: Tensor, total: Tensor | None):
+        self.is_first = total is None
+        self.total = torch.empty_like(weight, memory_format=torch.contiguous_format) if total is None else total
 
     def add(self, du: Tensor, hidden: Tensor) -> None:
         if self.is_first:

@@ -87,6 +87,17 @@ def check_loss(loss: object, labels: Tensor, offsets: Tensor | None, has_ref: bo
             raise ValueError(f"offsets are {bounds}, expected to rise from 0 to the number of rows, {len(labels)}")
 
 
+def check_place(weight_grad: Tensor | None, weight: Tensor) -> None:
+    """Raise ValueError unless a weight's gradient can be added to the tensor given for it."""
+    if weight_grad is not None:
+        expected, given = ((x.dtype, tuple(x.shape), x.device) for x in (weight, weight_grad))
+        if given != expected or not weight_grad.is_contiguous() or weight_grad.requires_grad:
+            raise ValueError(
+                f"weight_grad is {given} with strides {weight_grad.stride()}, expected the weight's {expected}, "
+                "contiguous and without a gradient of its own: pass torch.zeros_like(weight), or weight.grad"
+            )
+
+
 def kept_rows(labels: Tensor, ignore_index: int | None, *weights: Tensor) -> Tensor | None:
     """Return the numbers of the rows that some loss reads, or None if that is all of them."""
     if ignore_index is None and not weights:

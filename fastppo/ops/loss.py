@@ -7,6 +7,7 @@ the pass that computes the loss: logits, statistics, loss on vectors, gradient i
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,15 @@ from torch.autograd.function import once_differentiable
 
 from fastppo.ops import rows as row_ops
 from fastppo.ops.accumulate import Gradients
-from fastppo.ops.check import check_head, check_labels, check_loss, check_ref_head, kept_rows, without_graph
+from fastppo.ops.check import (
+    check_head,
+    check_labels,
+    check_loss,
+    check_place,
+    check_ref_head,
+    kept_rows,
+    without_graph,
+)
 from fastppo.ops.chunks import Chunk, RefHead, passes
 from fastppo.ops.ppo_loss import PPOLoss
 from fastppo.ops.row_types import Scaling, Statistics, Upstream
@@ -25,12 +34,19 @@ class _LossPass(NamedTuple):
     """What `linear_loss` hands through autograd besides the tensors that it differentiates."""
 
     labels: Tensor
-    numbers: Tensor  # of the rows, as the caller counts them
     weights: Tensor | None
     loss: Callable[..., Tensor]
     scaling: Scaling
     ref: RefHead | None
     offsets: Tensor | None
+    weight_grad: Tensor | None
+    numbers: Tensor | None = None  # of the rows, as the caller counts them; None: 0, 1, 2 ...
+
+    def numbers_of(self, rows: slice) -> Tensor:
+        """Return the numbers of a chunk's rows."""
+        if self.numbers is None:
+            return torch.arange(rows.start, rows.stop, device=self.labels.device)
+        return self.numbers[rows]
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -38,15 +54,14 @@ class _LinearLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, given: _LossPass) -> Tensor:
         chunks = passes(hidden, weight, bias, given.ref, given.offsets)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        make = partial(Gradients, ctx.needs_input_grad[:3], hidden, weight, bias, into=given.weight_grad)
         grads: Gradients | None = None
         for chunk in chunks:
             if grads is None:
-                is_single = chunk.rows.stop == len(hidden)
-                grads = Gradients(ctx.needs_input_grad[:3], hidden, weight, bias, is_single=is_single)
+                grads = make(is_single=chunk.rows.stop == len(hidden))
             total += _loss_of_chunk(chunk, given, hidden, grads)
-        if grads is None:
-            grads = Gradients(ctx.needs_input_grad[:3], hidden, weight, bias, is_single=True)
-        ctx.grads = grads.finish()
+        ctx.grads = (make(is_single=True) if grads is None else grads).finish()
+        ctx.is_added = given.weight_grad is not None
         return total
 
     @staticmethod
@@ -60,6 +75,11 @@ class _LinearLoss(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         # On the CPU a look at the factor is free, and a pass over the head's gradient is not.
         if upstream.device.type != "cpu" or upstream.numpy() != 1.0:
+            if ctx.is_added and upstream.device.type == "cpu":
+                raise RuntimeError(
+                    f"linear_loss was told to add to weight_grad, and its result was multiplied by {float(upstream)} "
+                    "afterwards; multiply the weights of its rows instead"
+                )
             grads = tuple(grad if grad is None else grad.mul_(upstream.to(grad.dtype)) for grad in grads)
         return *grads, None
 
@@ -67,7 +87,7 @@ class _LinearLoss(torch.autograd.Function):
 def _loss_of_chunk(chunk: Chunk, given: _LossPass, hidden: Tensor, grads: Gradients) -> Tensor:
     """Return the summed loss of a chunk, and add its gradients."""
     rows, buffer, logits, ref = chunk
-    labels, numbers = given.labels[rows], given.numbers[rows]
+    labels, numbers = given.labels[rows], given.numbers_of(rows)
     loss = given.loss
     # Not a subclass, which may compute something else. With a reference there is no PPOLoss: check_loss refuses it.
     is_ppo = type(loss) is PPOLoss and given.weights is None
@@ -90,7 +110,7 @@ def _loss_and_gradient(given: _LossPass, stats: Statistics, rows: slice) -> tupl
     with torch.enable_grad():
         logprobs, entropies = stats.logprobs.detach().requires_grad_(), stats.entropies.detach().requires_grad_()
         kl = [] if stats.kl is None else [stats.kl.detach().requires_grad_()]
-        losses = given.loss(logprobs, entropies, given.numbers[rows], *kl)
+        losses = given.loss(logprobs, entropies, given.numbers_of(rows), *kl)
         value = (losses if given.weights is None else losses * given.weights[rows]).sum()
         if not value.requires_grad:  # a loss that reads nothing
             return value, Upstream(torch.zeros_like(logprobs))
@@ -113,43 +133,45 @@ def linear_loss(
     offsets: Tensor | None = None,
     ref_head: tuple[Tensor, Tensor] | None = None,
     ref_shape: dict[str, Any] | None = None,
+    weight_grad: Tensor | None = None,
 ) -> Tensor:
     """Return Σ loss(logprobs (C,), entropies (C,), rows (C,)), a scalar, over chunks of the T rows.
 
-    `loss` gives weighted per-row losses, differentiated by the statistics; `rows` are the numbers of the chunk's rows.
+    `loss` gives per-row losses, differentiated by the statistics; `rows` are the numbers of the chunk's rows.
     The gradients of hidden (T, H), weight (V, H) and bias are formed in the forward pass: 2 matmuls a row with a frozen
     head, 3 with a trained one, for one backward pass. A `PPOLoss` runs in one fused kernel. Raises ValueError. Args:
-
         weights: (T,), multiplied into the losses.
-        ignore_index: rows with this label (None: there are none), and rows of weight 0, are not computed; the weights
-            of a `PPOLoss` count too, on the CPU, where a look at them is free.
+        ignore_index: rows with this label (None: there are none) and rows of weight 0, on the CPU those of a `PPOLoss`
+            as well, are not computed.
         offsets: (B + 1,) starts of the sequences, for losses over sequences: chunks keep them whole.
         ref_head: (hidden (T, H'), weight (V, H')) of a reference: `loss` gets the exact KL(π || π_ref) (C,) as a fourth
-            argument, for one more matmul a row; ref_shape holds its bias and scalars where they differ.
+            argument, for one more matmul a row; ref_shape: its bias and scalars where they differ.
+        weight_grad: (V, H), such as `weight.grad`: the weight's gradient is added here at once. For a result that is
+            differentiated by itself or in a sum; another factor than 1 raises RuntimeError, on CUDA it goes unnoticed.
     """
     scaling = Scaling(temperature, softcap, logit_scale)
     check_head(hidden, weight, labels, bias, scaling, weights)
     ref = None if ref_head is None else check_ref_head(ref_head, ref_shape, bias, scaling, hidden, weight)
     check_loss(loss, labels, offsets, ref is not None)
+    check_place(weight_grad, weight)
     hidden, weight, bias = without_graph(hidden, weight, bias)
-    numbers = torch.arange(len(labels), device=labels.device)
-    hidden, given = _read_rows(
-        hidden, _LossPass(labels.contiguous(), numbers, weights, loss, scaling, ref, offsets), ignore_index
-    )
-    check_labels(given.labels, len(weight))
+    given = _LossPass(labels.contiguous(), weights, loss, scaling, ref, offsets, weight_grad)
+    hidden, given = _read_rows(hidden, given, ignore_index, len(weight))
     return _LinearLoss.apply(hidden, weight, bias, given)  # type: ignore[no-any-return]
 
 
-def _read_rows(hidden: Tensor, given: _LossPass, ignore_index: int | None) -> tuple[Tensor, _LossPass]:
-    """Leave out the rows that no loss reads."""
+def _read_rows(hidden: Tensor, given: _LossPass, ignore_index: int | None, vocabulary: int) -> tuple[Tensor, _LossPass]:
+    """Leave out the rows that no loss reads. Raises ValueError for labels outside the vocabulary."""
     weights = [] if given.weights is None else [given.weights]
     if isinstance(given.loss, PPOLoss) and hidden.device.type == "cpu":
         weights.append(given.loss.weights)
     kept = kept_rows(given.labels, ignore_index, *weights)
+    labels = given.labels if kept is None else given.labels[kept]
+    check_labels(labels, vocabulary)
     if kept is None:
         return hidden, given
     return hidden[kept], given._replace(
-        labels=given.labels[kept],
+        labels=labels,
         numbers=kept,
         weights=None if given.weights is None else given.weights[kept],
         ref=None if given.ref is None else given.ref._replace(hidden=given.ref.hidden[kept]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastppo.engine.kv import PagedCache
 from fastppo.engine.steps import module_step
 from fastppo.models import probe
 from fastppo.models.attach import attached
+from fastppo.models.in_place import place_of_gradient, weights_in_place
 from fastppo.models.network import causal_lm, evaluating, language_head, last_hidden
 from fastppo.models.passes import pass_tokens
 from fastppo.ops.backends import rehearsing
@@ -59,8 +61,8 @@ class Rehearsal:
 
 def _measured(run: Callable[..., None], network: Network, work: Work) -> dict[str, int]:
     """Return the bytes by label, at their peak, of one stage."""
-    optimizer = _Adam(network.trained(), work.config.optim)
     live = LiveBytes("meta", wide=len(language_head(network.model).weight))
+    optimizer = _Adam(network.trained(), work.config.optim, partial(_make_gradients, network.model, live))
     for label, tensors in network.tensors().items():
         live.adopt(tensors, label)
     live.adopt(optimizer.state, "optimiser")
@@ -90,8 +92,8 @@ class _Adam:
 
     defaults: Mapping[str, Any] = {"fused": True}
 
-    def __init__(self, parameters: list[nn.Parameter], name: str):
-        self.param_groups = [{"params": parameters}]
+    def __init__(self, parameters: list[nn.Parameter], name: str, begin: Callable[[], None]):
+        self.param_groups, self.begin = [{"params": parameters}], begin
         self.state: list[Tensor] = []
         for parameter in parameters:
             if name.startswith("paged") and parameter.numel() >= 100_000:
@@ -107,15 +109,23 @@ class _Adam:
                 self.state.append(torch.empty(parameter.shape, dtype=dtype, device=_META))
 
     def zero_grad(self, *, set_to_none: bool) -> None:
-        """Let go of the gradients."""
+        """Let go of the gradients, and begin anew."""
         for parameter in self.param_groups[0]["params"]:
             parameter.grad = None
+        self.begin()
 
     def step(self) -> None:
         """Widen one gradient after another."""
         for parameter in self.param_groups[0]["params"]:
             if parameter.grad is not None:
                 parameter.grad.float()
+
+
+def _make_gradients(model: Any, live: LiveBytes) -> None:
+    """Make the gradients that an update makes itself, which hooks would keep it from."""
+    with live.labelled("gradients"):
+        for weight in weights_in_place(model):
+            place_of_gradient(weight)
 
 
 def _samples(work: Work, passes: int) -> Samples:
@@ -203,9 +213,11 @@ def _update(network: Network, work: Work, optimizer: _Adam, live: LiveBytes) -> 
     experience = Experience(samples, evaluation, scores, numbers, numbers, numbers, numbers)
     # With a bonus every row has a gradient: which rows the clip leaves without one, only numbers would tell.
     config = replace(work.config, ppo_epochs=1, entropy_coef=1.0, early_stopping=False)
+    in_place = weights_in_place(network.model)
     handles = [
         parameter.register_post_accumulate_grad_hook(lambda p: live.relabel(p.grad, "gradients"))
         for parameter in network.trained()
+        if not any(parameter is weight for weight in in_place)
     ]
     try:
         with live.keeping("activations"):

@@ -19,6 +19,7 @@ from fastppo import ops, ppo
 from fastppo.config import PPOConfig
 from fastppo.models.attach import is_attached
 from fastppo.models.critic import critic_pass, critic_values
+from fastppo.models.in_place import embeddings_in_place, place_of_gradient
 from fastppo.models.network import checkpointing, evaluating, language_head
 from fastppo.models.offload import offloading
 from fastppo.models.passes import length_groups, pass_tokens, passing, response_hidden
@@ -33,7 +34,7 @@ def optimise(model: Any, optimizer: Any, experience: Experience, config: PPOConf
     is_warmup = step < config.critic_warmup_steps
     losses: list[LossTerms] = []
     offload = offloading(model) if config.activation_offload else nullcontext()
-    with evaluating(model), checkpointing(model), passing(model), offload:
+    with evaluating(model), checkpointing(model), passing(model), embeddings_in_place(model), offload:
         is_packed = is_attached(model)
         for epoch in range(config.ppo_epochs):
             for minibatch in minibatches(experience.samples, config, step, epoch, is_packed):
@@ -126,6 +127,7 @@ def _accumulate(
         # Detached, for the operation forms the gradient of a head that may have one.
         weight = head.weight.detach() if is_warmup else head.weight
         labels, shape = experience.samples.labels[tokens], head.arguments(experience.samples.temperature)
+        shape["weight_grad"] = place_of_gradient(weight)  # the loss below is differentiated as it is
         total = ops.linear_loss(hidden, weight, labels, policy_loss, ignore_index=None, **shape)
     if config.critic == "head":
         values = model.v_head(hidden.detach() if config.critic_detach else hidden).squeeze(-1)
