@@ -7,6 +7,8 @@ PYTHON ?= $(shell if python3.11 -c '' 2>/dev/null; then echo python3.11; else ec
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 # A machine without an NVIDIA GPU needs no particular build; one with a GPU takes what setup.py's range gives it.
 TORCH ?= $(if $(shell command -v nvidia-smi),,torch==2.13.0)
+# Processes that share the tests; each is single-threaded and takes about 2 GB.
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all lint fix types bench bench-head bench-generate bench-peers mutants size check
@@ -27,10 +29,10 @@ demo: $(STAMP) ## train a small model from nothing and improve it with PPO (unde
 	.venv/bin/fastppo demo --output_dir runs/demo
 
 test: $(STAMP) ## the tests that need no GPU and little time
-	$(PY) -m pytest -m "not gpu and not slow"
+	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not gpu and not slow"
 
 test-all: $(STAMP) ## every test that needs no GPU
-	$(PY) -m pytest -m "not gpu"
+	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not gpu"
 
 lint: $(STAMP) ## style and format, checked only
 	.venv/bin/ruff check .

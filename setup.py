@@ -37,6 +37,7 @@ EXTRAS_REQUIRE = {
     # ruff and mypy are exact because a newer release of either finds new faults in old code.
     "dev": [
         "pytest>=8.3",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "ruff==0.17.6",
         "mypy==2.4.1",

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import head_memory, measure
 from benchmarks.head_contenders import FLOOR, OURS, Contender, bare_matmuls, contenders, run_ours
 from benchmarks.head_gate import Verdict, run_gate
 from benchmarks.head_problem import DTYPES, Case, Problem, make_problem
 from benchmarks.head_report import markdown, ratios
+from benchmarks.matmul_count import counting
 from fastppo import ops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,11 +111,6 @@ def time_case(
     return rows_found, measure.not_timed(str(case), by_side)
 
 
-def addmm_flops(_: Any, a: tuple[int, int], b: tuple[int, int], *args: Any, out_shape: Any = None, **more: Any) -> int:
-    """Count the FLOPs of an addmm of two shapes; torch's own formula has no place for the dtype that may follow."""
-    return 2 * a[0] * a[1] * b[1]
-
-
 def count_matmuls(case: Case, problem: Problem) -> dict[str, Any]:
     """Count our matmul FLOPs in units of 2 T H V, and the share of them left when half the rows have no weight."""
     problem.weight.requires_grad_(case.is_trained)
@@ -124,9 +119,9 @@ def count_matmuls(case: Case, problem: Problem) -> dict[str, Any]:
     units = []
     for of_these in (problem, replace(problem, weights=weights)):
         of_these.clear_gradients()
-        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm: addmm_flops}) as counter:
+        with counting() as count:
             run_ours(of_these)
-        units.append(counter.get_total_flops() / (2 * case.tokens * case.hidden * case.vocabulary))
+        units.append(count.flops / (2 * case.tokens * case.hidden * case.vocabulary))
     problem.clear_gradients()
     found = {"units_of_2THV": round(units[0], 4), "share_with_half_the_rows_weightless": round(units[1] / units[0], 4)}
     # Fewer than the gradients take: then a matmul went through an operation that the counter does not know.

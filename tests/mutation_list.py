@@ -209,7 +209,7 @@ MUTATIONS = [
         "gradient of a frozen head computed",
         "Liger #1441, verl: dW although nobody wants it",
         "fastppo/ops/accumulate.py",
-        "self.d_weight = _sum_of(weight, is_single) if needs[1] else None",
+        "self.d_weight = _sum_of(weight, is_single, into) if needs[1] else None",
         "self.d_weight = _sum_of(weight, is_single)",
         HEAD,
     ),

@@ -12,7 +12,7 @@ from tolerances import close
 # They are not installed, and only `python -m pytest` looks for modules where it is started.
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import head, head_contenders, head_gate, head_memory, head_problem, head_report, measure
+from benchmarks import head, head_contenders, head_gate, head_memory, head_problem, head_report, matmul_count, measure
 from benchmarks.head_contenders import EVERYTHING, FLOOR, OURS, Contender
 from benchmarks.head_problem import Case, Outputs
 
@@ -230,17 +230,17 @@ def test_samples_repeat_everywhere_and_are_guarded_on_the_cpu(device, waits, mon
 def test_an_addmm_with_a_dtype_is_counted():
     shapes = [(3, 7), (3, 5), (5, 7)]
     parts = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
-    with head.FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm: head.addmm_flops}) as counter:
+    with matmul_count.counting() as count:
         torch.addmm(*parts)
         torch.ops.aten.addmm.dtype(*parts, torch.float32)
-    assert counter.get_total_flops() == 2 * 2 * 3 * 5 * 7
+    assert count.flops == 2 * 2 * 3 * 5 * 7
 
 
 def test_the_bare_matmuls_are_those_of_the_head():
     problem = head_problem.make_problem(TINY)
-    with head.FlopCounterMode(display=False) as counter:
+    with matmul_count.counting() as count:
         head_contenders.bare_matmuls(problem, 7)(problem)
-    assert counter.get_total_flops() == 3 * 2 * TINY.tokens * TINY.hidden * TINY.vocabulary
+    assert count.flops == 3 * 2 * TINY.tokens * TINY.hidden * TINY.vocabulary
 
 
 def test_the_quick_run_writes_the_whole_result(tmp_path, capsys):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_ops import assert_same, gradients, make_inputs, naive_statistics
 from tolerances import close
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.matmul_count import counting
 from fastppo import ops
 from fastppo.ops import chunks
 from fastppo.ops import rows as rows_module
@@ -38,9 +38,9 @@ def naive_loss(parts, labels, kept):
 
 def matmul_multiplications(run):
     """Return the multiplications of the matmuls of a call, of which torch counts two operations each."""
-    with FlopCounterMode(display=False) as counter:
+    with counting() as count:
         run()
-    return counter.get_total_flops() / 2
+    return count.flops / 2
 
 
 @pytest.mark.parametrize("left_out", ["ignored", "weightless", "weightless PPO"])

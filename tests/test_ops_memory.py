@@ -3,6 +3,8 @@
 Counts, not times. The sizes are such that every tensor of interest has a size of its own.
 """
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +21,19 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.largest, self.multiplications = 0, 0
+        self.largest, self.multiplications, self.own = 0, 0, patch.object(chunks, "small_linear", self.small_linear)
+
+    def __enter__(self):
+        self.own.start()
+        return super().__enter__()
+
+    def __exit__(self, *reason):
+        self.own.stop()
+        return super().__exit__(*reason)
+
+    def small_linear(self, x, weight, *rest, **named):
+        self.multiplications += x.shape[0] * x.shape[1] * weight.shape[0]
+        return ops.small_linear(x, weight, *rest, **named)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
