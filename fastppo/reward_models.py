@@ -23,22 +23,46 @@ Row = dict[str, list[int]]  # what a network gets of one text: input_ids and wha
 
 
 def as_reward(model: Any, tokenizer: Any) -> ModelReward | AdapterReward:
-    """Return the reward that a network stands for; `tokenizer` is the policy's."""
+    """Return the reward that a network or a pipeline stands for; `tokenizer` is the policy's."""
+    if is_pipeline(model):
+        if not _is_a(model, "TextClassificationPipeline"):
+            raise ValueError(
+                f"a {type(model).__name__} gives no scores; pass one for 'text-classification', or call it in a "
+                "function (prompts, completions) -> scores"
+            )
+        return ModelReward(model.model, model.tokenizer)
     return AdapterReward(model, tokenizer) if hasattr(model, "compute_reward_score") else ModelReward(model)
+
+
+def is_pipeline(given: Any) -> bool:
+    """Whether something is one of transformers' pipelines, found out without importing them."""
+    return _is_a(given, "Pipeline")
+
+
+def _is_a(given: Any, name: str) -> bool:
+    return any(kind.__name__ == name and kind.__module__.startswith("transformers.") for kind in type(given).mro())
 
 
 class ModelReward:
     """The score of a sequence-classification model for prompt and completion together; None for a text without tokens.
 
     The text is decoded and encoded again with the reward model's own tokenizer, a chat with that one's template. With
-    one label the score is its logit; with several it is the logit of `label`, by default the last. `add_eos` ends
-    every text by EOS; by default that is done for models that RewardTrainer trained, of which an adapter loaded from
-    disk does not tell. Raises ValueError for a model that is no sequence-classification model, or that names no
-    tokenizer.
+    one label the score is its logit; with several it is the logit of `label`, a number or a name in the model's
+    configuration, by default the last. With `probability` it is that label's share of the softmax instead (of one
+    label alone, the sigmoid): what a text-classification pipeline calls its score. `add_eos` ends every text by EOS; by
+    default that is done for models that RewardTrainer trained, of which an adapter loaded from disk does not tell.
+    Raises ValueError for a model that is no sequence-classification model, has no such label, or names no tokenizer.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any = None, *, label: int = -1, batch_size: int = 32, add_eos: bool | None = None
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        label: int | str = -1,
+        probability: bool = False,
+        batch_size: int = 32,
+        add_eos: bool | None = None,
     ):
         config: Any = getattr(model, "config", None)
         if not isinstance(getattr(config, "num_labels", None), int):
@@ -54,7 +78,8 @@ class ModelReward:
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(config._name_or_path)
-        self.model, self.tokenizer, self.label, self.batch_size = model.eval(), tokenizer, label, batch_size
+        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+        self.label, self.probability = _label_number(config, label), probability
         self.add_eos = getattr(config, ENDS_WITH_EOS, False) if add_eos is None else add_eos
 
     @torch.no_grad()
@@ -91,6 +116,8 @@ class ModelReward:
                 f"{type(self.model).__name__} gives {shape}, expected (texts, labels); load it as an "
                 "AutoModelForSequenceClassification"
             )
+        if self.probability:
+            logits = logits.float().sigmoid() if logits.shape[1] == 1 else logits.float().softmax(-1)
         scores: Tensor = logits[:, self.label].float().cpu()
         return scores
 
@@ -163,6 +190,15 @@ class AdapterReward:
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         scores: Tensor = self.model.compute_reward_score(ids, mask).cpu()
         return scores[torch.arange(len(rows)), lengths - 1, self.label]
+
+
+def _label_number(config: Any, label: int | str) -> int:
+    """Return the number of a label, from the end for the negative ones."""
+    names: dict[str, int] = getattr(config, "label2id", None) or {}
+    number = names.get(label, config.num_labels) if isinstance(label, str) else label
+    if not -config.num_labels <= number < config.num_labels:
+        raise ValueError(f"there is no label {label!r}; the model has {config.num_labels}, named {sorted(names)}")
+    return number
 
 
 def is_same_tokenizer(first: Any, second: Any) -> bool:

@@ -24,6 +24,7 @@ STATISTICS_H, HEAD_H = "csrc/row_statistics.inc.hpp", "csrc/head_rows.inc.hpp"
 SAMPLING = ("tests/test_sampling.py", "tests/test_sampling_limits.py")
 SAMPLING_H = "csrc/sampling.inc.hpp"
 CRITICS = ("tests/test_critics.py",)
+REWARDS = ("tests/test_reward_contract.py",)
 SCHEDULE, PAGED = ("tests/test_schedule.py",), ("tests/test_paged_engine.py",)
 
 MUTATIONS = [
@@ -389,5 +390,46 @@ MUTATIONS = [
         "with evaluating(model), using_adapter",
         "with using_adapter",
         ("tests/test_reward_adapters.py",),
+    ),
+    Mutation(
+        "a late reward is a reward of zero",
+        "verl: 300 s, then 0.0",
+        "fastppo/rewards/scoring.py",
+        "                    self._report(*self._calls.pop(call), None)",
+        "                    self._scores[self._calls[call][0], self._calls[call][1]] = 0.0\n"
+        "                    self._report(*self._calls.pop(call), None)",
+        REWARDS,
+    ),
+    Mutation(
+        "a list of one score is broadcast",
+        "TRL before July 2026",
+        "fastppo/rewards/scores.py",
+        "    if len(scores) != count:",
+        "    scores = scores * count if len(scores) == 1 else scores\n    if len(scores) != count:",
+        REWARDS,
+    ),
+    Mutation(
+        "an infinite score is a score",
+        "TRL 1.16: not checked",
+        "fastppo/rewards/scores.py",
+        "    if infinite:",
+        "    if False:",
+        REWARDS,
+    ),
+    Mutation(
+        "an exception is a reward of zero",
+        "open-r1: except: 0.0",
+        "fastppo/rewards/scoring.py",
+        "            raise error\n        self._scores[number, rows] = float(on_error)",
+        "            on_error = 0.0\n        self._scores[number, rows] = float(on_error)",
+        REWARDS,
+    ),
+    Mutation(
+        "one candidate is split into its letters",
+        "TRL 0.7.4: BestOfNSampler(sample_size=1)",
+        "fastppo/rewards/best_of_n.py",
+        "scores.view(-1, self.sample_size).tolist()",
+        "scores.view(self.sample_size, -1).tolist()",
+        ("tests/test_best_of_n.py",),
     ),
 ]

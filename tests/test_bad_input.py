@@ -106,10 +106,11 @@ def test_tokens_mean_the_same_in_every_integer_type(dtype):
 def test_a_response_without_a_score_has_no_influence(missing):
     queries, responses, scores = tiny.batch()
     scores[2], results = missing, []
+    settings = {"use_score_scaling": True, "use_score_norm": True, "whiten_rewards": True}
     for tokens in (responses[2], responses[2].flip(0), responses[2][:1]):
         given = [*responses[:2], tokens, responses[3]]
         with pytest.warns(UserWarning, match=r"left 1 of 4 responses out of this update: 1 without a score"):
-            results.append(weights_after(queries, given, scores, use_score_scaling=True, use_score_norm=True))
+            results.append(weights_after(queries, given, scores, **settings))
     assert tiny.distance(results[0], results[1]) == tiny.distance(results[0], results[2]) == 0.0
     assert tiny.distance(results[0], tiny.weights(tiny.policy())) > 0
 

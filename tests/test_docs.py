@@ -5,6 +5,7 @@ import io
 import json
 import re
 import runpy
+import warnings
 from pathlib import Path
 
 import fastppo
@@ -50,3 +51,26 @@ def test_sentiment_example_runs(shared_path, tmp_path):
     prompts.write_text("".join(json.dumps({"text": f"Once upon a time there was {i}"}) + "\n" for i in range(600)))
     flags += [f"--dataset_name={prompts}", f"--output_dir={tmp_path / 'other'}"]
     assert example["main"]([f"--model_name_or_path={model}", *flags])["steps"] == 2
+
+
+def test_the_page_about_rewards_runs(tmp_path, monkeypatch):
+    import tiny
+    from reward_servers import server
+
+    from fastppo import PPOConfig, PPOTrainer
+
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 5
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = tiny.llama(), tiny.tokenizer()
+    trainer = PPOTrainer(PPOConfig(batch_size=3), tiny.with_value_head(model), tokenizer=tokenizer)
+    scope = {"trainer": trainer, "model": model, "tokenizer": tokenizer}
+    with server() as served, contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"left \d of 3 responses")  # one row has no answer
+        scope["url"] = served.url
+        for block in blocks:
+            exec(compile(block, "rewards.md", "exec"), scope)
+        assert set(served.requests[0]) == {"prompts", "completions", "columns"}
+    assert trainer.current_step == 8
+    assert [len(texts) for texts in scope["texts"]] == [2, 2]

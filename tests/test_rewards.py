@@ -176,3 +176,40 @@ def needs_answer(completions, answer):
 
 def three(first, second, third, /):
     return [0.0] * len(second)
+
+
+def test_a_pipeline_is_its_model_and_tokenizer():
+    from transformers import TextClassificationPipeline, TextGenerationPipeline
+
+    names = {"id2label": {0: "BAD", 1: "FAIR", 2: "GOOD"}, "label2id": {"BAD": 0, "FAIR": 1, "GOOD": 2}}
+    model, words = classifier(0, num_labels=3, **names), tokenizer(pad_token="<pad>")
+    pipeline = TextClassificationPipeline(model=model, tokenizer=words, device="cpu")
+    raw = [[row["score"] for row in rows] for rows in pipeline(TEXTS, top_k=None, function_to_apply="none")]
+    labels = [[row["label"] for row in rows] for rows in pipeline(TEXTS, top_k=None, function_to_apply="none")]
+    logits = [dict(zip(*pair, strict=True)) for pair in zip(labels, raw, strict=True)]
+    close = {"atol": 1e-5, "rtol": 0}
+    torch.testing.assert_close(score(pipeline), torch.tensor([row["GOOD"] for row in logits]), **close)
+    by_name = score(ModelReward(model, words, label="FAIR"))
+    torch.testing.assert_close(by_name, torch.tensor([row["FAIR"] for row in logits]), **close)
+    shares = [{row["label"]: row["score"] for row in rows} for rows in pipeline(TEXTS, top_k=None)]
+    share = score(ModelReward(model, words, label="BAD", probability=True))
+    torch.testing.assert_close(share, torch.tensor([row["BAD"] for row in shares]), **close)
+    with pytest.raises(ValueError, match=r"no label 'good'; the model has 3, named \['BAD', 'FAIR', 'GOOD'\]"):
+        ModelReward(model, words, label="good")
+    with pytest.raises(ValueError, match="there is no label 3; the model has 3"):
+        ModelReward(model, words, label=3)
+    writer = TextGenerationPipeline(model=tiny.llama(), tokenizer=words, device="cpu")
+    with pytest.raises(
+        ValueError, match="a TextGenerationPipeline gives no scores; pass one for 'text-classification'"
+    ):
+        Reward(writer)
+
+
+def test_the_probability_of_a_single_label_is_the_pipelines():
+    from transformers import TextClassificationPipeline
+
+    model, words = classifier(0), tokenizer(pad_token="<pad>")
+    pipeline = TextClassificationPipeline(model=model, tokenizer=words, device="cpu")
+    expected = torch.tensor([row["score"] for row in pipeline(TEXTS)])
+    got = score(ModelReward(model, words, probability=True))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)

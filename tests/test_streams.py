@@ -82,3 +82,29 @@ def test_characters_of_several_tokens_come_whole():
     assert "".join(pieces) == text
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
     assert state.gain(Bytes(), "é".encode()[0], True) == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_each_response_is_told_of_once_when_it_has_ended():
+    engine, told, open_ones = Engine(tiny.llama(), seed=7, max_rows=3), [], []
+
+    def on_response(place, tokens):
+        told.append((place, tokens))
+        open_ones.append(sum(not reason for reason in engine._call.requests.reasons))
+
+    rollout = engine.generate(tiny.queries(6), SAMPLING, n=2, on_response=on_response)
+    assert sorted(told) == [(place, response.tolist()) for place, response in enumerate(rollout)]
+    assert open_ones[0] > 0
+    assert open_ones[-1] == 0
+    plain = Engine(tiny.llama(), seed=7, max_rows=3).generate(tiny.queries(6), SAMPLING, n=2)
+    assert all(map(torch.equal, rollout, plain))
+
+
+def test_an_error_of_who_is_told_frees_the_engine():
+    engine = Engine(tiny.llama())
+    with pytest.raises(LookupError, match="enough"):
+        engine.generate([[5], [6]], SAMPLING, on_response=_raise)
+    assert len(engine.generate([[5]], SAMPLING)) == 1
+
+
+def _raise(place, tokens):
+    raise LookupError("enough")

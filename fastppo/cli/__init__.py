@@ -61,7 +61,9 @@ def _run(command: str, arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"fastppo: {message}", file=sys.stderr)
+    from fastppo.monitor.provenance import redact
+
+    print(f"fastppo: {redact(message)}", file=sys.stderr)  # it may quote an exception of a reward, and that a URL
     return code
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastppo.cli.arguments import nearest
+from fastppo.rewards.policy import RewardPolicy
 
 
 def load_tokenizer(name: str) -> Any:
@@ -36,20 +37,57 @@ def check_directory(name: str, remedy: str) -> None:
         raise ValueError(f"there is no directory {name} (in {Path.cwd()}); {remedy}")
 
 
-def load_reward(name: str) -> Callable[..., Any]:
-    """Import `module:function` or `file.py:function`; modules are also looked for in the current directory.
+def is_url(name: str) -> bool:
+    """Whether a reward's name is that of a server."""
+    return name.lower().startswith(("http://", "https://"))
 
-    Raises ValueError if the name is not of that form or the module has no such callable.
+
+def load_reward(name: str, policy: RewardPolicy | None = None, timeout: float | None = None) -> Callable[..., Any]:
+    """Return the reward of a name on the command line.
+
+    A URL is a server's, asked under the policy, with `timeout` seconds for a request. `module:function` or
+    `file.py:function` are imported; modules are also looked for in the current directory. Anything else is a
+    text-classification model. Raises ValueError for a name that is none of these.
     """
+    if is_url(name):
+        return _server(name, policy or RewardPolicy(), timeout)
     place, _, attribute = name.rpartition(":")
+    if not place and not attribute.endswith(".py"):
+        return _classifier(attribute)
     if not place or not attribute:
-        raise ValueError(f"reward must be module:function or file.py:function, got {name!r}")
+        raise ValueError(
+            f"reward must be module:function, file.py:function, a URL, or the directory or hub name of a model; got "
+            f"{name!r}"
+        )
     module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
     reward = getattr(module, attribute, None)
     if not callable(reward):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ValueError(f"{place} has no function {attribute!r}{nearest(attribute, known)}; define it there")
     return reward  # type: ignore[no-any-return]
+
+
+def _server(url: str, policy: RewardPolicy, timeout: float | None) -> Callable[..., Any]:
+    from fastppo.rewards.url import URLReward
+
+    given = {"timeout": timeout, "batch_size": policy.batch_size}
+    chosen: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    return URLReward(url, on_error=policy.on_error, **chosen)
+
+
+def _classifier(name: str) -> Callable[..., Any]:
+    from transformers import AutoModelForSequenceClassification
+
+    from fastppo.reward_models import ModelReward
+
+    check_directory(name, "check reward")
+    try:
+        return ModelReward(AutoModelForSequenceClassification.from_pretrained(name))
+    except OSError as error:
+        raise ValueError(
+            f"reward {name!r} is no model that can be loaded ({str(error).splitlines()[0]}); it must be "
+            "module:function, file.py:function, a URL, or the directory or hub name of a text-classification model"
+        ) from error
 
 
 def _load_module(name: str) -> Any:

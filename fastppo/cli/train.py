@@ -11,8 +11,9 @@ from typing import Any
 
 from fastppo.cli.arguments import parse_dataclasses
 from fastppo.cli.data import hold_out, read_rows
-from fastppo.cli.loading import check_directory, load_reward, load_tokenizer
+from fastppo.cli.loading import check_directory, is_url, load_reward, load_tokenizer
 from fastppo.config import PPOConfig
+from fastppo.rewards.policy import RewardPolicy
 
 _DTYPES = {name: name for name in ("float32", "bfloat16", "float16", "auto")}
 _DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -27,11 +28,21 @@ class PPOArguments:
     dataset_name: str
     """Prompts: a .jsonl, .json, .csv, .txt or .parquet file, or a dataset of the hub."""
     reward: list[str] = field(default_factory=list)
-    """module:function or file.py:function, called as (prompts, completions, **columns); several are summed."""
+    """module:function or file.py:function, called as (prompts, completions, **columns); the http(s) URL of a server; or
+    the directory or hub name of a text-classification model. Several are summed; docs/rewards.md has the details."""
     reward_adapter: str | None = None
     """Directory or hub name of a reward adapter for the same base; its score is the last of the rewards."""
     reward_weights: list[float] | None = None
     """One weight per reward; by default 1 each."""
+    reward_timeout: float | None = None
+    """Seconds that a call of a reward may take, by default 300, or 60 for a URL; its samples then have no score."""
+    reward_on_error: str = "raise"
+    """What an exception in a reward means: raise, drop (its samples), or a number, their score."""
+    reward_batch_size: int | None = None
+    """Samples in a call of a reward function, which is then called while others are generated; by default all at once,
+    or 8 for a URL."""
+    reward_min_valid: float = 0.5
+    """Share of a batch that must have scores; with fewer the batch is skipped."""
     config: str | None = None
     """YAML file of flags; those on the command line override it."""
     query_column: str | None = None
@@ -79,7 +90,10 @@ class PPOArguments:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not self.reward and self.reward_adapter is None:
-            raise ValueError("nothing says what is good: set reward to module:function, or reward_adapter to a folder")
+            raise ValueError(
+                "nothing says what is good: set reward to module:function, a URL or a model, or reward_adapter to a "
+                "folder"
+            )
         if self.eval_every is not None and not self.eval_size:
             raise ValueError(f"eval_every={self.eval_every} needs held-out prompts; set eval_size, for example to 64")
         if self.dtype is not None and self.dtype not in _DTYPES:
@@ -97,7 +111,8 @@ def ppo(arguments: list[str]) -> int:
     if options.max_steps is None:
         options.max_steps = math.ceil(config.steps / config.batch_size)
     # Cheap things first: a wrong name should not cost the loading of a model.
-    rewards = [load_reward(name) for name in options.reward]
+    policy = _policy(options)
+    rewards = [load_reward(name, policy, options.reward_timeout) for name in options.reward]
     rows, held_out = hold_out(
         read_rows(options.dataset_name, options.dataset_split, options.max_prompts),
         options.eval_size,
@@ -107,7 +122,16 @@ def ppo(arguments: list[str]) -> int:
         check_directory(options.reward_adapter, "check reward_adapter")
     trainer = make_trainer(options, config)
     rewards += [trainer.model] if options.reward_adapter is not None else []
-    return _train(options, trainer, rows, held_out, rewards)
+    return _train(options, trainer, rows, held_out, rewards, policy)
+
+
+def _policy(options: PPOArguments) -> RewardPolicy:
+    try:
+        on_error: str | float = float(options.reward_on_error)
+    except ValueError:
+        on_error = options.reward_on_error
+    given = {"timeout": options.reward_timeout, "batch_size": options.reward_batch_size, "on_error": on_error}
+    return RewardPolicy(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
 def make_trainer(options: PPOArguments, config: PPOConfig) -> Any:
@@ -149,17 +173,26 @@ def _lora(options: PPOArguments) -> Any:
     )
 
 
-def _train(options: PPOArguments, trainer: Any, rows: list[Any], held_out: list[Any] | None, rewards: list[Any]) -> int:
+def _train(
+    options: PPOArguments,
+    trainer: Any,
+    rows: list[Any],
+    held_out: list[Any] | None,
+    rewards: list[Any],
+    policy: RewardPolicy,
+) -> int:
     from fastppo.trainers.interrupts import Terminated
 
     settings = dataclasses.asdict(options)
+    shown = [str(reward) if is_url(name) else name for name, reward in zip(options.reward, rewards, strict=False)]
     keywords = {name: settings[name] for name in _TRAIN_KEYWORDS}
     try:
         trainer.train(
             rows,
             rewards,
             eval_prompts=held_out,
-            arguments={**settings, **dataclasses.asdict(trainer.config)},
+            reward_policy=policy,
+            arguments={**settings, "reward": shown, **dataclasses.asdict(trainer.config)},
             **keywords,
         )
     except KeyboardInterrupt as interrupt:
@@ -173,6 +206,7 @@ def _train(options: PPOArguments, trainer: Any, rows: list[Any], held_out: list[
 _TRAIN_KEYWORDS = (
     "max_steps",
     "reward_weights",
+    "reward_min_valid",
     "query_column",
     "eval_every",
     "save_every",

@@ -16,6 +16,8 @@ from fastppo.models.exact import exact_linears
 from fastppo.models.network import evaluating, weight_version
 from fastppo.types import Rollout
 
+OnResponse = Callable[[int, list[int]], None]
+
 
 class Call:
     """The requests of a call and the decoder that serves them; `on_close` is told once that it is over."""
@@ -33,19 +35,32 @@ class Call:
         self.model, self.requests, self.decoder, self.temperature = model, requests, decoder, temperature
         self.is_open, self._on_close = True, on_close
 
-    def run(self, steps: int | None = None) -> None:
-        """Run so many steps, or all; the model is as it was afterwards, and nothing stays allocated if one fails."""
+    def run(self, steps: int | None = None, on_response: OnResponse | None = None) -> None:
+        """Run so many steps, or all; the model is as it was afterwards, and nothing stays allocated if one fails.
+
+        `on_response` is told of each response that has ended: its place and its tokens.
+        """
+        going_on = list(range(len(self.requests.prompts)))
         try:
             exactness = exact_linears(self.model) if self.is_exact else nullcontext()
             with torch.no_grad(), evaluating(self.model), exactness, self.decoder.ready():
                 while self.is_open and steps != 0:
                     is_going_on = self.decoder.step()
                     steps = None if steps is None else steps - 1
+                    if on_response is not None:
+                        going_on = self._tell(on_response, going_on)
                     if not is_going_on:
                         self.close(is_complete=True)
         except BaseException:
             self.close(is_complete=False)
             raise
+
+    def _tell(self, on_response: OnResponse, going_on: list[int]) -> list[int]:
+        """Tell of the responses that have ended of late; return the rest."""
+        for request in going_on:
+            if self.requests.reasons[request]:
+                on_response(request, self.requests.tokens[request].tolist())
+        return [request for request in going_on if not self.requests.reasons[request]]
 
     def close(self, *, is_complete: bool) -> None:
         """End what is still going on as cancelled, and give memory back."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastppo.config import SamplingConfig
 from fastppo.engine import prompts as incoming
-from fastppo.engine.call import Call, Stream
+from fastppo.engine.call import Call, OnResponse, Stream
 from fastppo.engine.graphs import GraphStep
 from fastppo.engine.kv import PagedCache
 from fastppo.engine.paged import PagedDecoder
@@ -84,6 +84,7 @@ class Engine:
         *,
         max_new_tokens: int | Sequence[int] | None = None,
         keep: bool = False,
+        on_response: OnResponse | None = None,
         **generation_kwargs: Any,
     ) -> Rollout:
         """Generate `n` responses to each prompt; the prompt itself is computed once.
@@ -95,6 +96,8 @@ class Engine:
             max_new_tokens: a limit for each prompt, in place of the one in `sampling`.
             keep: hold keys and values for `continue_`, until `release` or until the weights change; where the model
                 cannot use the paged cache, turns are computed from their beginning.
+            on_response: called with the place and the token ids of each response that has ended, while others go on;
+                it must leave model and engine alone.
             generation_kwargs: transformers' generation arguments, in place of `sampling`.
 
         Returns:
@@ -106,7 +109,7 @@ class Engine:
             FloatingPointError: the model's logits are not finite.
         """
         call = self._start(prompts, sampling, n, max_new_tokens, keep, generation_kwargs)
-        call.run()
+        call.run(on_response=on_response)
         return call.rollout()
 
     def stream(

@@ -18,11 +18,11 @@ from typing import IO, Any
 from fastppo.atomic import Pathlike, append_line, write_json, write_text
 from fastppo.monitor.console import Console
 from fastppo.monitor.curve import draw_curve
-from fastppo.monitor.provenance import commit, machine, plain, redact_command, versions
+from fastppo.monitor.provenance import commit, machine, plain, redact, redact_command, versions
 
 _LOCK = ".lock"
 _WRITTEN = re.compile(
-    r"run\.json|metrics\.jsonl|samples\.jsonl|summary\.json|learning_curve\.png|held_out_\w+\.jsonl|checkpoint-\d+|best"
+    r"run\.json|metrics\.jsonl|samples\.jsonl|errors\.jsonl|summary\.json|learning_curve\.png|held_out_\w+\.jsonl|checkpoint-\d+|best"
 )
 
 
@@ -77,6 +77,10 @@ class RunFolder:
             append_line(self.directory / "samples.jsonl", "\n".join(lines))
         if self._console is not None:
             self._console.show(self._step, numbers)
+
+    def problem(self, row: Mapping[str, Any], text: str) -> None:
+        """Append to errors.jsonl what went wrong in the next step; of `text`, such as a traceback, without secrets."""
+        append_line(self.directory / "errors.jsonl", _line({"step": self._step + 1, **row, "text": redact(text)}))
 
     def held_out(self, when: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write what the policy did on the held-out prompts to held_out_<when>.jsonl."""

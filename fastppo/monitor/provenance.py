@@ -11,7 +11,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ REDACTED = "[redacted]"
 _SECRET_NAME = re.compile(
     r"(?i)(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)(token(?!s|iz)|key|secret|passw|credential|authorization)"
 )
-_SECRETS = [
+_VALUE = re.compile(r"([^&=]+)=[^&]{12,}")  # of a URL's query: signatures and codes go by any name
+_SECRETS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (
         re.compile(r"(?i)\b(authorization\s*[:=]\s*|bearer\s+|basic\s+)(bearer\s+|basic\s+)?[\w.~+/=-]{8,}"),
         r"\1" + REDACTED,
     ),
     (re.compile(r"(?<=://)[^/\s@]+@"), f"{REDACTED}@"),
+    (re.compile(r"(://[^\s?#]*\?)([^\s#'\"]+)"), lambda url: url[1] + _VALUE.sub(rf"\1={REDACTED}", url[2])),
     (re.compile(r"\b(hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}"), REDACTED),
     (re.compile(r"(?<![\w])(local-)?[0-9a-fA-F]{40}(?![\w])"), REDACTED),
     (re.compile(r"(?i)\b([\w-]*(?:token(?!s|iz)|key|secret|passw|credential)[\w-]*)=([^\s&,;]+)"), rf"\1={REDACTED}"),
@@ -69,11 +71,18 @@ def redact(text: str) -> str:
 
 
 def redact_command(arguments: Sequence[str]) -> list[str]:
-    """Return a command line without secrets: neither what looks like one, nor what follows a flag named like one."""
-    shown, is_secret = [], False
+    """Return a command line without secrets: neither what looks like one, nor what follows a flag named like one.
+
+    Of a reward's URL only the host stays: a webhook's path is its password.
+    """
+    shown, is_secret, flag = [], False, ""
     for argument in arguments:
         is_flag = argument.startswith("-")
-        shown.append(REDACTED if is_secret and not is_flag else redact(argument))
+        flag = argument.partition("=")[0] if is_flag else flag
+        plain_one = redact(argument)
+        if flag == "--reward":
+            plain_one = re.sub(r"(https?://[^/\s]+/)\S+", rf"\1{REDACTED}", plain_one)
+        shown.append(REDACTED if is_secret and not is_flag else plain_one)
         is_secret = is_flag and "=" not in argument and bool(_SECRET_NAME.search(argument))
     return shown
 

@@ -13,7 +13,8 @@ from fastppo import ppo
 from fastppo.config import SamplingConfig
 from fastppo.rewards import Reward
 from fastppo.trainers.evaluate import evaluate
-from fastppo.trainers.prompts import Prompts, as_given, decode, reward_columns, texts
+from fastppo.trainers.prompts import Prompts, texts
+from fastppo.trainers.rollout import generate_and_score
 from fastppo.trainers.samples import check_samples
 
 # Its own stream of random numbers, away from the ones that training draws.
@@ -43,11 +44,9 @@ def measure(trainer: Any, prompts: Prompts, reward: Reward, sampling: SamplingCo
     served, engine.num_requests = engine.num_requests, 0
     try:
         seed = trainer.config.seed + _SEED_OFFSET
-        rollout = engine.generate(prompts.ids, replace(sampling, seed=seed))
+        rollout, completions, scores, _ = generate_and_score(trainer, prompts, reward, replace(sampling, seed=seed))
     finally:
         engine.num_requests = served
-    completions = decode(trainer.tokenizer, rollout)
-    scores = reward(as_given(prompts, trainer.tokenizer), completions, reward_columns(prompts, rollout))
     samples = check_samples(
         prompts.ids,
         rollout,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -18,13 +17,15 @@ from fastppo.atomic import Pathlike
 from fastppo.config import SamplingConfig
 from fastppo.engine.prompts import context_length
 from fastppo.monitor import RunFolder
-from fastppo.rewards import Reward
+from fastppo.rewards import Reward, RewardPolicy
 from fastppo.trainers import setup
 from fastppo.trainers.forecast import Forecast
 from fastppo.trainers.generation import warn_of_truncation
 from fastppo.trainers.held_out import Measurement, measure
 from fastppo.trainers.interrupts import Interrupts
-from fastppo.trainers.prompts import Prompts, PromptStream, as_given, decode, read_prompts, reward_columns, texts
+from fastppo.trainers.missing import Missing
+from fastppo.trainers.prompts import Prompts, PromptStream, read_prompts, reward_columns, texts
+from fastppo.trainers.rollout import generate_and_score
 
 _SAMPLES_PER_STEP = 4
 
@@ -37,6 +38,10 @@ class LoopConfig:
     """Iterations, of `batch_size` prompts each."""
     reward_weights: Sequence[float] | None = None
     """One weight per reward."""
+    reward_policy: RewardPolicy = field(default_factory=RewardPolicy)
+    """How rewards are called that bring no policy of their own, and what it means when they fail."""
+    reward_min_valid: float = 0.5
+    """Share of a batch that must have scores; with fewer the batch is skipped."""
     query_column: str | None = None
     """The dataset's prompt column; by default the first of prompt, query, text."""
     eval_prompts: Any = None
@@ -72,12 +77,12 @@ class _Run:
     sampling: SamplingConfig
     eval_prompts: Prompts | None
     eval_reward: Reward
+    missing: Missing
     folder: RunFolder | None = None
     forecast: Forecast | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     best: float = -math.inf
-    unscored: int = 0
 
 
 def train(trainer: Any, prompts: Any, reward: Any, **kwargs: Any) -> list[dict[str, Any]]:
@@ -86,10 +91,12 @@ def train(trainer: Any, prompts: Any, reward: Any, **kwargs: Any) -> list[dict[s
     Args:
         prompts: texts, chats, lists of token ids, or a dataset; its other columns go to the reward.
         reward: a callable (prompts, completions, **columns) -> list or tensor of numbers, a classification model, the
-            trainer's model if it has a reward adapter, or a list of these; None leaves a response out of the update.
+            trainer's model if it has a reward adapter, a URL, or a list of these; None leaves a response out of the
+            update. See `fastppo.rewards.Reward`.
         kwargs: the fields of `LoopConfig`, `max_steps` above all; all others are generation arguments.
 
-    An interrupt stops a rollout at once and lets an update finish; what is finished is saved, then it is raised.
+    An interrupt stops a rollout at once and lets an update finish; what is finished is saved, then it is raised. So is
+    what a reward raises, unless its policy says otherwise.
     Raises ValueError for anything wrong with prompts or arguments, before the first token is generated.
     """
     names = {f.name for f in fields(LoopConfig)}
@@ -115,6 +122,7 @@ def train(trainer: Any, prompts: Any, reward: Any, **kwargs: Any) -> list[dict[s
             console=config.console,
             overwrite=config.overwrite,
         )
+        run.missing.folder = run.folder
     _go(run)
     return run.history
 
@@ -128,6 +136,7 @@ def _forecast(run: _Run) -> Forecast | None:
 
 def _prepare(trainer: Any, prompts: Any, reward: Any, config: LoopConfig, generation_kwargs: dict[str, Any]) -> _Run:
     """Check everything that can be checked before the first token is generated."""
+    missing = Missing(config.reward_min_valid, trainer.config.max_skipped_steps)
     sampling = SamplingConfig.from_generation_kwargs(**generation_kwargs)
     context = context_length(trainer.model)
     options: dict[str, Any] = {
@@ -138,23 +147,20 @@ def _prepare(trainer: Any, prompts: Any, reward: Any, config: LoopConfig, genera
     stream = PromptStream(read_prompts(prompts, trainer.engine, **options), trainer.config.seed)
     held_out = config.eval_prompts
     held_out = None if held_out is None else read_prompts(held_out, trainer.engine, **options)
-    trained = Reward(
-        reward,
-        config.reward_weights,
-        columns=reward_columns(stream.prompts.take([]), []),
-        tokenizer=trainer.tokenizer,
-    )
+    settings = {"tokenizer": trainer.tokenizer, "policy": config.reward_policy, "on_problem": missing.note}
+    columns = reward_columns(stream.prompts.take([]), [])
+    trained = Reward(reward, config.reward_weights, columns=columns, **settings)
     measured = trained
     if config.eval_reward is not None:
         columns = reward_columns((held_out or stream.prompts).take([]), [])
-        measured = Reward(config.eval_reward, columns=columns, tokenizer=trainer.tokenizer)
+        measured = Reward(config.eval_reward, columns=columns, **settings)
     warn_of_truncation(sampling)
     trainer.stop_ids = trainer.end_ids if sampling.stop_ids is None else frozenset(sampling.stop_ids)
     if not trainer.has_own_schedule:
         trainer.lr_scheduler = setup.make_scheduler(
             trainer.optimizer, trainer.config, config.max_steps, done=trainer.current_step
         )
-    return _Run(trainer, config, trained, stream, sampling, held_out, measured)
+    return _Run(trainer, config, trained, stream, sampling, held_out, measured, missing)
 
 
 def _resume(run: _Run, directory: Pathlike) -> None:
@@ -164,6 +170,7 @@ def _resume(run: _Run, directory: Pathlike) -> None:
         raise ValueError(f"{directory} was written by a run with {then} prompts, and now there are {now}; use the same")
     run.stream.seek(extra["place"])
     run.summary = extra["summary"]
+    run.missing.skipped = run.summary.get("skipped_batches", 0)
     run.best = -math.inf if extra["best"] is None else extra["best"]
 
 
@@ -174,7 +181,7 @@ def _save_checkpoint(run: _Run) -> None:
         num_prompts=len(run.stream.prompts),
         place=run.stream.place,
         best=run.best if run.best > -math.inf else None,
-        summary=run.summary,
+        summary=run.summary | {"skipped_batches": run.missing.skipped},
     )
 
 
@@ -192,7 +199,8 @@ def _go(run: _Run) -> None:
             run.summary["stopped_by"] = type(error).__name__
             with interrupts.deferred():
                 _finish(run, start)
-                if isinstance(error, KeyboardInterrupt) and run.folder is not None and run.trainer.current_step:
+                is_whole = isinstance(error, KeyboardInterrupt) or run.missing.has_raised(error)
+                if is_whole and run.folder is not None and run.trainer.current_step:
                     _save_checkpoint(run)  # so that the run can be continued
             raise
         with interrupts.deferred():
@@ -201,17 +209,12 @@ def _go(run: _Run) -> None:
 
 def _iterate(run: _Run, interrupts: Interrupts) -> None:
     """One iteration: prompts, responses, scores, update, notes."""
-    trainer, times = run.trainer, {}
+    trainer = run.trainer
     place, served = run.stream.place, trainer.engine.num_requests
     try:
         prompts = run.stream.take(trainer.config.batch_size)
-        start = time.perf_counter()
-        rollout = trainer.engine.generate(prompts.ids, run.sampling)
-        times["time/generate"] = time.perf_counter() - start
-        completions = decode(trainer.tokenizer, rollout)
-        scores = run.reward(as_given(prompts, trainer.tokenizer), completions, reward_columns(prompts, rollout))
-        times["time/score"] = time.perf_counter() - start - times["time/generate"]
-        if _has_no_score(run, scores):
+        rollout, completions, scores, times = generate_and_score(trainer, prompts, run.reward, run.sampling)
+        if run.missing.skips(scores):
             return
     except BaseException:
         # What was not trained on is served and drawn again, as if nothing had happened.
@@ -220,19 +223,8 @@ def _iterate(run: _Run, interrupts: Interrupts) -> None:
         raise
     with interrupts.deferred():
         stats = trainer.step(prompts.ids, rollout, scores)
+        stats |= run.missing.stats()
         _note(run, prompts, completions, scores, stats | times | _throughput(rollout, times) | _raw(scores))
-
-
-def _has_no_score(run: _Run, scores: Tensor) -> bool:
-    """Whether a whole batch has no score, so that there is nothing to learn; raise if that goes on."""
-    if not bool(scores.isnan().all()):
-        run.unscored = 0
-        return False
-    run.unscored += 1
-    if run.unscored >= run.trainer.config.max_skipped_steps:
-        raise ValueError(f"{run.unscored} batches in a row have no score: the reward gives only None or NaN; mend it")
-    warnings.warn(f"no response of a batch of {len(scores)} has a score; going on to the next prompts", stacklevel=2)
-    return True
 
 
 def _raw(scores: Tensor) -> dict[str, float]:
@@ -292,6 +284,7 @@ def _finish(run: _Run, start: float) -> None:
     if run.folder is None or run.config.output_dir is None:
         return
     run.summary |= {"steps": run.trainer.current_step, "seconds": time.perf_counter() - start}
+    run.summary["skipped_batches"] = run.missing.skipped
     if run.forecast is not None:
         run.summary |= run.forecast.summary()
     if "kl_after" in run.summary:
