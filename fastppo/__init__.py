@@ -21,6 +21,8 @@ _HOMES = {
     "SFTConfig": "fastppo.trainers.sft",
     "SFTTrainer": "fastppo.trainers.sft",
     "SamplingConfig": "fastppo.config",
+    "TextEnvironment": "fastppo.environments.environment",
+    "TextHistory": "fastppo.environments.history",
     "create_reference_model": "fastppo.models.reference",
     "set_seed": "fastppo.core",
 }

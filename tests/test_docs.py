@@ -8,6 +8,8 @@ import runpy
 import warnings
 from pathlib import Path
 
+import pytest
+
 import fastppo
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -25,6 +27,15 @@ def test_readme_blocks_run():
     assert "objective/kl" in scope["stats"]
 
 
+def test_environment_blocks_run(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "environments.md").read_text(encoding="utf-8")
+    scope: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "environments.md", "exec"), scope)
+    assert len(scope["histories"]) == 4
+    assert "12+30=" in capsys.readouterr().out
+
+
 def test_readme_names_every_public_name():
     assert [name for name in fastppo.__all__ if f"`{name}`" not in README] == []
 
@@ -34,6 +45,24 @@ def test_readme_links_exist():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert links
     assert [link for link in links if not (root / link).exists()] == []
+
+
+CALCULATOR = Path(__file__).parents[1] / "examples" / "calculator.py"
+
+
+def test_calculator_example_runs():
+    main = runpy.run_path(str(CALCULATOR), run_name="example")["main"]
+    result = main(["--demonstrations=64", "--batch_size=8", "--max_steps=2", "--held_out=8"])
+    assert 0 <= result["before"] <= 1
+    assert 0 <= result["after"] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_calculator_is_learned(seed):
+    result = runpy.run_path(str(CALCULATOR), run_name="example")["main"]([f"--seed={seed}"])
+    assert result["before"] < 0.3
+    assert result["after"] > 0.8
 
 
 def test_sentiment_example_runs(shared_path, tmp_path):

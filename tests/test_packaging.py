@@ -60,7 +60,8 @@ LAYERS = [
     {"models"},
     {"engine"},
     {"core", "reward_models", "rewards", "checkpoint", "planner", "monitor"},
-    {"trainers", "environment", "tools"},
+    {"environments"},
+    {"trainers"},
     {"cli", "demo", "convert", "export", "__init__", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

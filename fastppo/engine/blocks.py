@@ -96,6 +96,11 @@ class Ledger:
         self.tables = [np.pad(table, ((0, 0), (0, more))) for table in self.tables]
         self.edits += 1
 
+    @property
+    def longest(self) -> int:
+        """Tokens that a row of the tables has room for."""
+        return int(self.tables[0].shape[1]) * BLOCK
+
     def least(self, group: int, length: int) -> int:
         """Return how many blocks a sequence of this length needs at least, when it grows token by token."""
         window, whole = self.windows[group], blocks_of(length)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastppo.engine.paged import PagedDecoder
-from fastppo.engine.requests import Requests
+from fastppo.engine.prompts import check
+from fastppo.engine.requests import Places, Requests
 from fastppo.engine.windowed import WindowDecoder
 from fastppo.models.exact import exact_linears
 from fastppo.models.network import evaluating, weight_version
@@ -54,6 +56,21 @@ class Call:
         except BaseException:
             self.close(is_complete=False)
             raise
+
+    @property
+    def is_extensible(self) -> bool:
+        """Whether more requests can join: while something goes on, and with the paged cache."""
+        return self.is_open and isinstance(self.decoder, PagedDecoder)
+
+    def extend(self, prompts: Sequence[Tensor], limits: Sequence[int], places: Places) -> None:
+        """Take in more requests, which go on where earlier ones of these numbers, kept and over, have ended.
+
+        They come last in the call's list. Raises ValueError, as `Engine.generate` does, for what does not fit.
+        """
+        check(prompts, limits, self.model)
+        assert isinstance(self.decoder, PagedDecoder)
+        given = zip(prompts, limits, places.numbers, places.starts, strict=True)
+        self.decoder.extend([self.requests.add(*request) for request in given])
 
     def _tell(self, on_response: OnResponse, going_on: list[int]) -> list[int]:
         """Tell of the responses that have ended of late; return the rest."""

@@ -163,6 +163,15 @@ class Engine:
         call.run()
         return call.rollout()
 
+    def open(
+        self, prompts: Sequence[Any], sampling: SamplingConfig, limits: Sequence[int], places: Places | None = None
+    ) -> Call:
+        """Return a call of which no step has been run, which may be extended, and keeps keys and values.
+
+        With `places` it goes on with requests of earlier calls; `limits` are each prompt's new tokens, at most.
+        """
+        return self._start(prompts, sampling, 1, limits, True, {}, places)
+
     def score(self, queries: Sequence[Any], responses: Sequence[Any], *, temperature: float = 1.0) -> Scores:
         """Return log-probs, entropies and values of given responses, one to each query, at a temperature.
 
@@ -184,10 +193,10 @@ class Engine:
         """Keys and values that the paged cache holds now: those of a call under way, and those that are kept."""
         return [] if self._cache is None else [part for pool in self._cache.pools.values() for part in pool]
 
-    def release(self) -> None:
-        """Give back the memory of everything that was kept."""
+    def release(self, requests: Iterable[int] | None = None) -> None:
+        """Give back the memory of what was kept: of everything, or of the requests of these numbers."""
         if self._cache is not None and self._call is None:
-            self._cache.release()
+            self._cache.drop(list(self._cache.kept) if requests is None else requests)
 
     def metrics(self) -> dict[str, Any]:
         """Return what the last call cost: tokens, steps, blocks, bytes, preemptions and seconds."""

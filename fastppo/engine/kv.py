@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,6 +141,15 @@ class PagedCache:
                     if shape.window == window:
                         for part in self.pools[layer]:
                             part[target] = part[source]
+
+    def drop(self, numbers: Iterable[int]) -> None:
+        """Stop keeping these sequences, and give all memory back if none is left."""
+        for number in numbers:
+            kept = self.kept.pop(number, None)
+            if kept is not None and self.ledger is not None:
+                self.ledger.free(kept.held)
+        if not self.kept:
+            self.release()
 
     def spare(self) -> Held | None:
         """Stop keeping the oldest sequence, and return it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from time import perf_counter
 from typing import Any
@@ -42,20 +42,23 @@ class PagedDecoder:
     ):
         self.model, self.requests, self.sampler, self.cache = model, requests, sampler, cache
         self.program, self.keep, self.steps_per_check = program, keep, steps_per_check
+        self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
         lengths = [len(ids) + limit for ids, limit in zip(requests.prompts, requests.limits, strict=True)]
-        ledger = cache.take(lengths, max_rows, prefill_tokens)
-        self.jobs = self._make_jobs()
+        # What is kept holds its blocks when its row is another's.
+        ledger = cache.take(lengths, len(lengths) if keep else max_rows, prefill_tokens)
+        self.jobs = self._make_jobs(range(len(requests.prompts)))
         self.scheduler = Scheduler(ledger, self.jobs, max_rows, prefill_tokens, cache.spare, keep)
         self._ends: dict[Prompt, Tensor] = {}  # last hidden states (H,) of prompts that have jobs to start yet
         self._bytes = cache.num_bytes
         self._counts = {"steps": 0, "prefill_tokens": 0, "decode_tokens": 0}
         self._seconds = {"schedule": 0.0, "forward": 0.0, "draw": 0.0}
 
-    def _make_jobs(self) -> list[Job]:
+    def _make_jobs(self, indices: Iterable[int]) -> list[Job]:
         """Return a job per request; equal prompts are one, with what was kept of it."""
         prompts: dict[tuple[int, ...], Prompt] = {}
         jobs = []
-        for index, (ids, number) in enumerate(zip(self.requests.prompts, self.requests.places.sources, strict=True)):
+        for index in indices:
+            ids, number = self.requests.prompts[index], self.requests.places.sources[index]
             prompt = prompts.setdefault(tuple(ids.tolist()), Prompt(index, len(ids)))
             held = self.cache.recall(number, ids)
             if prompt.held is None:
@@ -64,6 +67,26 @@ class PagedDecoder:
                 self.cache.ledger.free(held)
             jobs.append(Job(index, prompt, self.requests.limits[index]))
         return jobs
+
+    def extend(self, indices: Sequence[int]) -> None:
+        """Take in requests that were added to the list while others are under way; enlarge the cache if need be."""
+        jobs = self._make_jobs(indices)
+        self.jobs += jobs
+        self.scheduler.join(jobs)
+        going_on = [job for job, reason in zip(self.jobs, self.requests.reasons, strict=True) if not reason]
+        self.sampler.logits.make_room(min(len(going_on), self.max_rows))
+        lengths = [job.prompt.length + job.limit for job in going_on]
+        ledger, helds = self.scheduler.ledger, [job.held or job.prompt.held for job in going_on]
+        missing = [
+            sum(
+                max(0, ledger.least(group, length) - (0 if held is None else len(held.blocks[group])))
+                for length, held in zip(lengths, helds, strict=True)
+            )
+            for group in range(len(ledger.pools))
+        ]
+        if max(lengths) > ledger.longest or not ledger.fits(missing):
+            self.cache.take(lengths, len(lengths) if self.keep else self.max_rows, self.prefill_tokens)
+            self._bytes = self.cache.num_bytes
 
     def ready(self) -> AbstractContextManager[None]:
         """Return the context that steps need."""
@@ -74,6 +97,7 @@ class PagedDecoder:
         start = perf_counter()
         for request in self.requests.cancel():
             self.scheduler.leave(self.jobs[request])
+            self._store(self.jobs[request])
         plan = self.scheduler.plan()
         steps = self.scheduler.reserve(plan, self.steps_per_check)
         planned = perf_counter()
@@ -93,13 +117,7 @@ class PagedDecoder:
     def close(self, is_complete: bool) -> None:
         """Give the memory back, except for the sequences that are to be kept after a call that is complete."""
         self.scheduler.abandon()
-        for job, number in zip(self.jobs, self.requests.places.numbers, strict=True):
-            if job.held is not None and is_complete:
-                self.cache.kept[number] = Kept(job.held, self.requests.sequence(job.index))
-            elif job.held is not None:
-                self.scheduler.ledger.free(job.held)
-        if not self.cache.kept:
-            self.cache.release()
+        self.cache.drop(() if is_complete else self.requests.places.numbers)
 
     def metrics(self) -> dict[str, Any]:
         """Return what the call has cost so far."""
@@ -115,6 +133,13 @@ class PagedDecoder:
             "kv_bytes": self._bytes,
             "seconds": dict(self._seconds),
         }
+
+    def _store(self, job: Job) -> None:
+        """Leave the sequence of a job that is over to the cache, if it is to be kept."""
+        if job.held is not None:
+            number = self.requests.places.numbers[job.index]
+            self.cache.kept[number] = Kept(job.held, self.requests.sequence(job.index))
+            job.held = None
 
     # --- one step ---------------------------------------------------------------------------------------------
 
@@ -146,6 +171,8 @@ class PagedDecoder:
             left = draw.rows([rows[request] for request in plan.drawing])
             ended = self.requests.record(plan.drawing, left)
             self.scheduler.commit(plan, [self.jobs[request] for request in ended])
+            for request in ended:
+                self._store(self.jobs[request])
             self._counts["decode_tokens"] += len(plan.decode)
 
     def _compute(self, plan: Plan) -> Tensor:

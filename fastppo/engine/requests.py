@@ -56,12 +56,21 @@ class Requests:
     """N requests with their limits and places, and the records of the tokens drawn for them."""
 
     def __init__(self, prompts: Sequence[Tensor], limits: Sequence[int], seed: int, places: Places, stopping: Stopping):
-        self.prompts, self.limits = tuple(prompts), list(limits)
+        self.prompts, self.limits = list(prompts), list(limits)
         self.seed, self.places, self.stopping = seed, places, stopping
         self.tokens = [array("q") for _ in prompts]
         self.reasons = [""] * len(prompts)  # why each one ended: stop, length or cancelled
         self.cancelling: deque[int] = deque()  # other threads may append
         self.draws: list[tuple[list[int], Draw]] = []
+
+    def add(self, prompt: Tensor, limit: int, number: int, start: int) -> int:
+        """Append a request that goes on with what was kept under its number; return its place in the list."""
+        self.prompts.append(prompt)
+        self.limits.append(limit)
+        self.places = Places(*((*old, new) for old, new in zip(self.places, (number, start, number), strict=True)))
+        self.tokens.append(array("q"))
+        self.reasons.append("")
+        return len(self.prompts) - 1
 
     def next_places(self, requests: Sequence[int]) -> Tensor:
         """Return (3, N) int64 of the next draw of these requests: number, position, tokens drawn before."""
@@ -115,7 +124,7 @@ class Requests:
         self._check_finite(logprobs, lengths)
         tokens = tokens.long()
         return Rollout(
-            queries=self.prompts,
+            queries=tuple(self.prompts),
             responses=tuple(tokens.split(lengths)),
             tokens=tokens,
             logprobs=logprobs,

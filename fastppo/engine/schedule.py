@@ -59,6 +59,15 @@ class Scheduler:
         """Whether every job is over."""
         return not self.queue and not self.rows
 
+    def join(self, jobs: Sequence[Job]) -> None:
+        """Take in more jobs, ahead of those that wait: what they go on with holds blocks already."""
+        self.queue.extendleft(reversed(jobs))
+        self._is_full = False
+        for job in jobs:
+            job.prompt.jobs += 1
+            if job.prompt.held is not None:
+                self._open[job.prompt] = None
+
     def plan(self) -> Plan:
         """Return the next step, empty if all is done. The caller runs it and then calls `commit`."""
         self._grow()

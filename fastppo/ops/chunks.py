@@ -76,8 +76,16 @@ class LogitBuffer:
         # and where the logits of a decode step must be the update's to the last bit, they must be bf16 as well.
         widens = kind_of(weight.device) == "cuda" or (self._is_ours and not is_exact)
         self.dtype = torch.float32 if is_low and widens else weight.dtype
-        self.buffer = weight.new_empty(rows, len(weight), dtype=self.dtype)
-        self._gradient = self.buffer if self.dtype == weight.dtype else None
+        self._allocate(rows)
+
+    def make_room(self, rows: int) -> None:
+        """Enlarge it to so many rows if it has fewer, which moves it."""
+        if rows > len(self.buffer):
+            self._allocate(rows)
+
+    def _allocate(self, rows: int) -> None:
+        self.buffer = self.weight.new_empty(rows, len(self.weight), dtype=self.dtype)
+        self._gradient = self.buffer if self.dtype == self.weight.dtype else None
 
     def fill(self, hidden: Tensor) -> Tensor:
         """Return the raw logits (C, V) of hidden (C, H)."""

@@ -79,11 +79,15 @@ def _rescore(model: Any, samples: Samples, rows: list[int], size: int) -> Tensor
 
 
 def is_current(model: Any, rollout: Rollout, queries: Sequence[Tensor], samples: Samples) -> bool:
-    """Whether a rollout's records are those of the model as it is now, for these very queries and samples."""
+    """Whether a rollout's records are those of the model as it is now, for these very queries and samples.
+
+    What a tool has written has none (NaN): they are only believed where such tokens are masked out.
+    """
     return (
         rollout.values is not None
         and rollout.is_untouched
         and rollout.temperature == samples.temperature
         and all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(rollout.queries, queries, strict=True))
         and rollout.weight_version == weight_version(model)
+        and not bool(rollout.logprobs[recorded_tokens(samples, rollout).to(rollout.logprobs.device)].isnan().any())
     )
