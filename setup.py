@@ -24,6 +24,7 @@ INSTALL_REQUIRES = [
     "numpy>=1.26",
     "pyyaml>=6",
     "matplotlib>=3.8",
+    "rich>=13",
 ]
 
 EXAMPLES = ["vaderSentiment>=3.3"]

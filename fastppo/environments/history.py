@@ -107,7 +107,7 @@ class TextHistory:
 
 
 def _print(parts: list[tuple[str, str]]) -> None:
-    from rich import print as show
+    from rich.console import Console
     from rich.text import Text
 
-    show(Text.assemble(*parts))
+    Console().print(Text.assemble(*parts))
