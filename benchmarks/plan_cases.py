@@ -62,5 +62,8 @@ CASES = [
     Case("gpt_neox, full", NEOX, 8, 64, 64),
     Case("opt, full", OPT, 8, 64, 64),
     Case("llama, LoRA, 8 bits", _llama(), 8, 64, 64, 16, "all-linear", bits=8),
+    Case("llama, LoRA, 4 bits", _llama(), 8, 64, 64, 16, "all-linear", bits=4),
+    Case("llama, LoRA, critic on an adapter", _llama(), 8, 64, 64, 16, "all-linear", ppo={"critic": "adapter"}),
+    Case("llama, full, critic of its own", _llama(), 8, 64, 64, ppo={"critic": "full"}),
     Case("llama, full, deep", _llama(num_hidden_layers=12, hidden_size=128, intermediate_size=352), 8, 32, 32),
 ]  # fmt: skip

@@ -55,7 +55,7 @@ def predict(case: Case) -> Any:
         bf16=config.bf16,
         gradient_checkpointing=config.gradient_checkpointing,
     )
-    return Rehearsal(build(configuration(case), weights)).plan(Work(case.prompt, case.response, config))
+    return Rehearsal(build(configuration(case), weights, config)).plan(Work(case.prompt, case.response, config))
 
 
 def make_model(case: Case) -> Any:

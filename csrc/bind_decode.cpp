@@ -88,7 +88,8 @@ void pack(DecodeProgram& program, Place from, std::int64_t inputs, int type, std
 
 void multiply(DecodeProgram& program, Place from, Place to, std::tuple<std::int64_t, std::int64_t> shape,
               std::tuple<Address, std::int64_t, int, bool, Address> weight, Address bias,
-              std::tuple<double, bool> addition, std::int64_t shared_pack, bool waits) {
+              std::tuple<double, bool> addition, std::int64_t shared_pack, bool waits,
+              const fastppo::FourBits* four_bits) {
   const auto [outputs, inputs] = shape;
   const auto [data, stride, type, is_transposed, row_scales] = weight;
   const auto [scale, accumulates] = addition;
@@ -108,6 +109,7 @@ void multiply(DecodeProgram& program, Place from, Place to, std::tuple<std::int6
   matmul.bias = at<void>(bias);
   matmul.scale = static_cast<float>(scale);
   matmul.accumulate = accumulates;
+  if (four_bits != nullptr) matmul.four_bits = *four_bits;
   program.append(made);
 }
 

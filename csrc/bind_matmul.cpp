@@ -22,7 +22,7 @@ T* at(Address address) {
 void small_matmul(std::tuple<std::int64_t, std::int64_t, std::int64_t> shape, std::tuple<Address, std::int64_t> x,
                   std::tuple<Address, std::int64_t, int, bool, Address> weight, std::tuple<Address, bool> bias,
                   double scale, bool accumulate, std::tuple<Address, std::int64_t> out, bool is_row_invariant,
-                  int threads) {
+                  int threads, const fastppo::FourBits* four_bits) {
   const auto [rows, inputs, outputs] = shape;
   const auto [x_data, x_stride] = x;
   const auto [weight_data, weight_stride, type, is_transposed, row_scales] = weight;
@@ -45,6 +45,7 @@ void small_matmul(std::tuple<std::int64_t, std::int64_t, std::int64_t> shape, st
       accumulate,
       at<float>(out_data),
       out_stride,
+      four_bits == nullptr ? fastppo::FourBits{} : *four_bits,
   };
   const py::gil_scoped_release release;
   fastppo::small_matmul(matmul, is_row_invariant, threads);
@@ -53,7 +54,18 @@ void small_matmul(std::tuple<std::int64_t, std::int64_t, std::int64_t> shape, st
 }  // namespace
 
 void bind_matmul(py::module_& module) {
+  py::class_<fastppo::FourBits>(module, "FourBits", "What codes of four bits stand for; zeros where it is not nested.")
+      .def(py::init([](Address table, Address absmax, std::int64_t block,
+                       std::tuple<Address, Address, std::int64_t, double> nested) {
+             const auto [nested_table, nested_absmax, nested_block, offset] = nested;
+             return fastppo::FourBits{at<const float>(table),        at<const void>(absmax),
+                                      block,                         at<const float>(nested_table),
+                                      at<const float>(nested_absmax), nested_block,
+                                      static_cast<float>(offset)};
+           }),
+           py::arg("table"), py::arg("absmax"), py::arg("block"), py::arg("nested"));
   module.def("small_matmul", &small_matmul, py::arg("shape"), py::arg("x"), py::arg("weight"), py::arg("bias"),
              py::arg("scale"), py::arg("accumulate"), py::arg("out"), py::arg("row_invariant"), py::arg("threads"),
+             py::arg("four_bits") = nullptr,
              "Write the product of few rows with a weight matrix that stays as it lies in memory.");
 }

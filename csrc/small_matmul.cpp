@@ -48,7 +48,8 @@ void multiply_dots(const SmallMatmul& matmul, int threads) {
 }  // namespace
 
 void small_matmul(const SmallMatmul& matmul, bool is_row_invariant, int threads) {
-  if (!is_row_invariant && is_int8(matmul.type) && !matmul.is_transposed && matmul.rows <= most_dot_rows) {
+  const bool is_coded = (is_int8(matmul.type) && !matmul.is_transposed) || is_nibbles(matmul.type);
+  if (!is_row_invariant && is_coded && matmul.rows <= most_dot_rows) {
     multiply_dots(matmul, threads);
     return;
   }

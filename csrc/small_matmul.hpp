@@ -7,9 +7,30 @@
 namespace fastppo {
 
 // int8_bfloat16 is int8, not transposed, for an x that loses nothing in bfloat16: the codes lose nothing there either.
-enum class WeightType : int { float32 = 0, bfloat16 = 1, int8 = 2, int8_bfloat16 = 3 };
+// Nibbles are four bits, never transposed; in nibbles_bfloat16 what they stand for is rounded to bfloat16.
+enum class WeightType : int {
+  float32 = 0,
+  bfloat16 = 1,
+  int8 = 2,
+  int8_bfloat16 = 3,
+  nibbles = 4,
+  nibbles_bfloat16 = 5
+};
 
 inline bool is_int8(WeightType type) { return type == WeightType::int8 || type == WeightType::int8_bfloat16; }
+inline bool is_nibbles(WeightType type) { return type == WeightType::nibbles || type == WeightType::nibbles_bfloat16; }
+
+// What bitsandbytes' codes of four bits stand for. Blocks run on from row to row: weight i = n * inputs + k is
+// table[code i] * absmax of block i / `block`. An even number of inputs, two in a byte, the first in its upper half.
+struct FourBits {
+  const float* table;          // (16,)
+  const void* absmax;          // float, or if there is a nested table std::uint8_t
+  std::int64_t block;          // even
+  const float* nested_table;   // (256,); null: absmax as it is. Else absmax of block i =
+  const float* nested_absmax;  // nested_table[code i] * nested_absmax[i / nested_block] + offset
+  std::int64_t nested_block;
+  float offset;
+};
 
 // out[m, n] = scale * sum_k x[m, k] * w[n, k] + bias[n], added to out where `accumulate`. Sums are fp32. All strides
 // are in elements.
@@ -28,6 +49,7 @@ struct SmallMatmul {
   bool accumulate;
   float* out;  // (rows, outputs)
   std::int64_t out_stride;
+  FourBits four_bits;  // nibbles only
 };
 
 // What every build of small_matmul.inc.hpp offers. `packed` is a copy of x in the kernel's order, aligned to 64 bytes:
@@ -39,14 +61,14 @@ struct SmallMatmulKernels {
   void (*pack)(const SmallMatmul& matmul, void* packed, int thread, int num_threads);
   // A contiguous range of outputs, of all rows. No barrier inside; out is complete after the caller's.
   void (*part)(const SmallMatmul& matmul, const void* packed, int thread, int num_threads);
-  // The same for int8 weights that are not transposed and at most `most_dot_rows` rows: reads x as it lies.
+  // The same for nibbles, for int8 weights that are not transposed, and at most `most_dot_rows` rows: reads x as it lies.
   void (*dots)(const SmallMatmul& matmul, int thread, int num_threads);
 };
 
 constexpr std::int64_t most_dot_rows = 8;
 
-// The whole of it, on up to `threads` threads of its own. Unless it must be row-invariant, few rows and int8 weights are
-// summed in another order, which is faster.
+// The whole of it, on up to `threads` threads of its own. Unless it must be row-invariant, few rows and weights of 8 and 4
+// bits are summed in another order, which is faster.
 void small_matmul(const SmallMatmul& matmul, bool is_row_invariant, int threads);
 
 }  // namespace fastppo

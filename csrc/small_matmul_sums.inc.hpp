@@ -29,7 +29,8 @@ constexpr bool has_pairs = false;
 #endif
 
 inline bool uses_pairs(WeightType type) {
-  return has_pairs && (type == WeightType::bfloat16 || type == WeightType::int8_bfloat16);
+  return has_pairs && (type == WeightType::bfloat16 || type == WeightType::int8_bfloat16 ||
+                       type == WeightType::nibbles_bfloat16);
 }
 
 inline std::int64_t words_of(std::int64_t inputs, WeightType type) {

@@ -1,7 +1,7 @@
 // How x and, where they cannot be read in place, weights become the words that small_matmul_sums.inc.hpp multiplies.
 #pragma once
 
-#include "small_matmul_sums.inc.hpp"
+#include "small_matmul_nibbles.inc.hpp"
 
 #if defined(__SSE__)
 #include <xmmintrin.h>
@@ -50,6 +50,18 @@ inline void copy_code_pairs(const SmallMatmul& m, std::int64_t output, std::int6
 }
 
 template <typename T>
+inline void copy_nibbles(const SmallMatmul& m, std::int64_t output, std::int64_t count, std::int64_t begin,
+                         std::int64_t end, float* words) {
+  for (std::int64_t o = 0; o < tile_outputs; ++o, words += block_words) {
+    if (o < count) {
+      widen_nibbles(m, output + o, begin, end, reinterpret_cast<T*>(words));
+    } else {
+      __builtin_memset(words, 0, sizeof(float) * block_words);
+    }
+  }
+}
+
+template <typename T>
 inline void copy_transposed(const SmallMatmul& m, std::int64_t output, std::int64_t count, std::int64_t begin,
                             std::int64_t end, float* words) {
   for (std::int64_t k = begin; k < end; ++k, words += tile_outputs) {
@@ -76,22 +88,25 @@ inline void copy_transposed_pairs(const SmallMatmul& m, std::int64_t output, std
   }
 }
 
+// Of weights that can be read in place.
 inline std::int64_t bytes_of(WeightType type) {
-  return type == WeightType::float32 ? 4 : is_int8(type) ? 1 : 2;
+  return type == WeightType::float32 ? 4 : 2;
 }
 
 // The words of inputs [begin, end) of `count` outputs: in place where the kernel can read them so, else in `memory`.
 inline Weights find_weights(const SmallMatmul& m, std::int64_t output, std::int64_t count, std::int64_t begin,
                             std::int64_t end, float* memory) {
   const bool is_pairs = uses_pairs(m.type), is_float = m.type == WeightType::float32;
-  const bool is_halves = is_pairs && !is_int8(m.type);
+  const bool is_halves = is_pairs && m.type == WeightType::bfloat16;
   const bool is_readable = m.is_transposed ? is_float : is_float || (is_halves && (end - begin) % 2 == 0);
   if (is_readable && count == tile_outputs) {
     const std::int64_t bytes = bytes_of(m.type), row = m.weight_stride * bytes;
     const std::int64_t offset = m.is_transposed ? begin * row + output * bytes : output * row + begin * bytes;
     return {static_cast<const unsigned char*>(m.weight) + offset, m.is_transposed, row};
   }
-  if (is_pairs) {
+  if (is_nibbles(m.type)) {
+    (is_pairs ? &copy_nibbles<BFloat16> : &copy_nibbles<float>)(m, output, count, begin, end, memory);
+  } else if (is_pairs) {
     const auto copy = is_int8(m.type) ? &copy_code_pairs : m.is_transposed ? &copy_transposed_pairs : &copy_pairs;
     copy(m, output, count, begin, end, reinterpret_cast<std::uint32_t*>(memory));
   } else if (m.type == WeightType::float32) {
@@ -121,6 +136,10 @@ inline void transpose(const float* from, std::int64_t from_stride, float* to, st
 #endif
 }
 
+inline bool rounds_x(WeightType type) {
+  return type == WeightType::bfloat16 || type == WeightType::nibbles_bfloat16;
+}
+
 // Write the 16 words that begin with an element of a row of which `rest` are left: zeros past its end.
 inline void pack_row(const float* from, std::int64_t rest, WeightType type, float* words) {
   alignas(64) float values[2 * pack_words];
@@ -133,7 +152,7 @@ inline void pack_row(const float* from, std::int64_t rest, WeightType type, floa
   if (uses_pairs(type)) {
     for (std::int64_t i = 0; i < 2 * pack_words; i += Vec::width) Vec::load(from + i).store(halves + i);
     __builtin_memcpy(words, halves, sizeof halves);
-  } else if (type == WeightType::bfloat16) {
+  } else if (rounds_x(type)) {
     for (std::int64_t i = 0; i < pack_words; i += Vec::width) {
       Vec::load(from + i).store(halves + i);
       Vec::load(halves + i).store(words + i);
@@ -151,7 +170,7 @@ void pack(const SmallMatmul& m, void* packed, int thread, int num_threads) {
     const std::int64_t row = i / blocks * tile_rows, word = i % blocks * pack_words, lanes = lanes_of(m.rows - row);
     const float* from = m.x + row * m.x_stride + word * per_word;
     const std::int64_t rest = m.inputs - word * per_word, rows = m.rows - row < lanes ? m.rows - row : lanes;
-    const bool is_ready = !uses_pairs(m.type) && m.type != WeightType::bfloat16 && rows == lanes && rest >= pack_words;
+    const bool is_ready = !uses_pairs(m.type) && !rounds_x(m.type) && rows == lanes && rest >= pack_words;
     if (!is_ready) {
       for (std::int64_t r = 0; r < rows; ++r) pack_row(from + r * m.x_stride, rest, m.type, words + r * pack_words);
       __builtin_memset(words + rows * pack_words, 0, 4 * static_cast<std::size_t>((lanes - rows) * pack_words));

@@ -23,8 +23,8 @@ TRAINER = ("tests/test_ppo.py", "tests/test_defects_update.py", "tests/test_trl_
 STATISTICS_H, HEAD_H = "csrc/row_statistics.inc.hpp", "csrc/head_rows.inc.hpp"
 SAMPLING = ("tests/test_sampling.py", "tests/test_sampling_limits.py")
 SAMPLING_H = "csrc/sampling.inc.hpp"
-CRITICS = ("tests/test_critics.py",)
 REWARDS = ("tests/test_reward_contract.py",)
+CRITICS, SWITCHING = ("tests/test_critics.py",), ("tests/test_switching.py",)
 SCHEDULE, PAGED = ("tests/test_schedule.py",), ("tests/test_paged_engine.py",)
 
 MUTATIONS = [
@@ -376,12 +376,12 @@ MUTATIONS = [
         CRITICS,
     ),
     Mutation(
-        "a scoring leaves the policy's adapter frozen",
-        "TRL 0.7.4: compute_reward_score",
+        "a part that was frozen is trained after its pass",
+        "TRL 0.7.4: compute_reward_score changes flags",
         "fastppo/models/adapters.py",
-        "            parameter.requires_grad_(flag)",
+        "            for parameter in frozen:\n                parameter.requires_grad_(False)",
         "            pass",
-        ("tests/test_reward_adapters.py",),
+        SWITCHING,
     ),
     Mutation(
         "a scoring with dropout",
@@ -431,5 +431,37 @@ MUTATIONS = [
         "scores.view(-1, self.sample_size).tolist()",
         "scores.view(self.sample_size, -1).tolist()",
         ("tests/test_best_of_n.py",),
+    ),
+    Mutation(
+        "a slot without the adapter's scale",
+        "an oversight",
+        "fastppo/engine/slots.py",
+        "layer.lora_B[name].weight * layer.scaling[name]",
+        "layer.lora_B[name].weight * 1",
+        SWITCHING,
+    ),
+    Mutation(
+        "what the last adapter left in a slot",
+        "an oversight",
+        "fastppo/engine/slots.py",
+        "            torch._foreach_zero_(self.tensors)",
+        "            pass",
+        SWITCHING,
+    ),
+    Mutation(
+        "a block's scale where it reaches into the next row",
+        "bitsandbytes 0.50: dequantize_4bit on a CPU",
+        "fastppo/models/bnb_linears.py",
+        "if state.shape[-1] % state.blocksize == 0:",
+        "if state.blocksize:",
+        ("tests/test_four_bits.py",),
+    ),
+    Mutation(
+        "one step for all rows",
+        "bitsandbytes: a row's neighbours decide about it",
+        "fastppo/ops/quantised.py",
+        "wide.abs().amax(1, keepdim=True)",
+        "wide.abs().amax()",
+        ("tests/test_row_wise.py",),
     ),
 ]

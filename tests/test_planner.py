@@ -29,8 +29,8 @@ ROPE = 2 * 8 * 4  # bytes of the frequencies that transformers keeps twice, of 1
 
 
 def plan_of(weights=None, **settings):
-    network = build(AutoConfig.for_model(**SMALL), weights or Weights())
-    return Rehearsal(network).plan(Work(20, 12, PPOConfig(batch_size=4, **settings)))
+    config = PPOConfig(batch_size=4, **settings)
+    return Rehearsal(build(AutoConfig.for_model(**SMALL), weights or Weights(), config)).plan(Work(20, 12, config))
 
 
 def test_a_storage_counts_once_and_until_it_is_freed():
@@ -74,6 +74,25 @@ def test_what_stays_is_counted_by_hand():
     assert items["optimiser"] == 2 * (base + head - ROPE)
 
 
+def test_what_a_critic_adds_is_counted_by_hand():
+    lora = Weights(lora_r=4, lora_targets="all-linear")
+    ranks = LAYERS * (2 * (H + H) + 2 * (H + KV) + 3 * (H + INNER))
+    items = plan_of(lora, critic="adapter", critic_peft_config={"r": 2}).phases["update"]
+    assert (items["adapters"], items["critic"]) == (4 * 4 * ranks, 4 * 2 * ranks)
+    assert items["optimiser"] == 8 * (6 * ranks + H + 1)
+    items = plan_of(critic="full").phases["update"]
+    network = LINEARS + V * H + NORMS  # its head is the policy's
+    assert items["critic"] == 4 * network + ROPE
+    assert items["optimiser"] == 8 * (2 * network + V * H + H + 1)
+
+
+def test_a_critic_that_cannot_be_is_refused_before_anything_is_loaded():
+    with pytest.raises(ValueError, match="8-bit and 4-bit weights cannot be; set critic='adapter'"):
+        plan_of(Weights(bits=4, lora_r=2, lora_targets="all-linear"), critic="full")
+    with pytest.raises(ValueError, match="the model has none"):
+        plan_of(critic="adapter")
+
+
 def test_half_precision_has_masters():
     trained = LINEARS + 2 * V * H + NORMS
     items = plan_of(Weights(bf16=True)).phases["update"]
@@ -84,7 +103,7 @@ def test_half_precision_has_masters():
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_weights_are_codes_and_scales(bits):
     outputs = LAYERS * (2 * H + 2 * KV + 2 * INNER + H)
-    scales = outputs if bits == 8 else LINEARS // 64
+    scales = outputs if bits == 8 else LINEARS // 64 + 7 * LAYERS * 16  # a table of what codes are beside each weight
     items = plan_of(Weights(bits=bits, lora_r=4, lora_targets="all-linear")).phases["rollout"]
     assert items["base weights"] == LINEARS * bits // 8 + 4 * scales + 4 * (2 * V * H + NORMS) + ROPE
     ranks = 4 * LAYERS * (2 * (H + H) + 2 * (H + KV) + 3 * (H + INNER))
@@ -108,10 +127,27 @@ RUNS = [
     Case("accumulated", SMALL, 8, 21, 60, ppo={"mini_batch_size": 2, "gradient_accumulation_steps": 2}),
     Case("8-bit moments", SMALL, 6, 40, 40, ppo={"optim": "adamw_8bit"}),
     Case("8-bit base", SMALL, 6, 40, 40, 8, "all-linear", bits=8),
-]
+    Case("4-bit base", SMALL, 6, 40, 40, 8, "all-linear", bits=4),
+    Case(
+        "critic on a small adapter, 8-bit base", SMALL, 6, 40, 40, 8, "all-linear", bits=8,
+        ppo={"critic": "adapter", "critic_peft_config": {"r": 2}, "kl_penalty": "full"},
+    ),
+    Case("critic of its own", SMALL, 6, 40, 40, ppo={"critic": "full"}),
+]  # fmt: skip
+SLOW = [
+    Case("critic on an adapter", SMALL, 6, 40, 40, 8, "all-linear", ppo={"critic": "adapter"}),
+    Case("critic of its own, bf16, adapter", SMALL, 6, 40, 40, 8, "all-linear", ppo={"critic": "full", "bf16": True}),
+    Case("detached head", SMALL, 6, 40, 40, 8, "all-linear", ppo={"critic_detach": True}),
+    Case("4-bit base, critic on an adapter, checkpointing", SMALL, 6, 40, 40, 8, "all-linear", bits=4,
+         ppo={"critic": "adapter", "gradient_checkpointing": True}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", RUNS, ids=lambda case: case.name)
+def case_of(case):
+    return pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case in SLOW else [])
+
+
+@pytest.mark.parametrize("case", [case_of(case) for case in [*RUNS, *SLOW]])
 def test_a_plan_is_what_a_run_takes(case):
     with LiveBytes("cpu") as live:
         measured = max(plan_side.run(case, live).values())
@@ -166,9 +202,10 @@ def test_a_rehearsal_leaves_the_kernels_as_they_were():
 
 def test_a_model_that_looks_at_its_numbers_is_refused():
     small = {key: value for key, value in SMALL.items() if key != "model_type"}
-    network = build(MixtralConfig(**small, num_local_experts=2, experts_implementation="eager"), Weights())
+    config = PPOConfig(batch_size=4)
+    network = build(MixtralConfig(**small, num_local_experts=2, experts_implementation="eager"), Weights(), config)
     with pytest.raises(NotImplementedError, match="MixtralForCausalLM cannot be planned"):
-        Rehearsal(network).plan(Work(20, 12, PPOConfig(batch_size=4)))
+        Rehearsal(network).plan(Work(20, 12, config))
 
 
 def test_quantised_weights_need_an_adapter():

@@ -139,6 +139,19 @@ def test_a_layer_that_bitsandbytes_has_decoded_with_is_put_in_order_again():
         torch.testing.assert_close(model(ids).logits, twin(ids).logits, atol=2e-5, rtol=1e-5)
 
 
+def test_scales_that_change_are_seen():
+    model = quantise(tiny.llama(hidden_size=64, intermediate_size=128), 8)
+    adopt_quantised(model)
+    layer, x = model.model.layers[0].self_attn.q_proj, torch.randn(2, 64)
+    before, state = layer(x), copy.deepcopy(model.state_dict())
+    layer.weight.SCB.mul_(2)
+    torch.testing.assert_close(layer(x), 2 * before)
+    layer.weight.SCB = layer.weight.SCB / 4
+    torch.testing.assert_close(layer(x), before / 2)
+    model.load_state_dict(state)
+    torch.testing.assert_close(layer(x), before)
+
+
 def test_a_layer_that_is_not_quantised_yet_is_named():
     model = tiny.llama()
     model.model.layers[0].mlp.up_proj = bnb.nn.Linear8bitLt(16, 40, has_fp16_weights=False)
@@ -192,8 +205,11 @@ def test_exact_rollouts_on_int8():
     rollout = engine.generate(queries, max_new_tokens=12)
     again = Engine(model, consistency="exact", max_rows=7).generate(queries, max_new_tokens=12)
     assert torch.equal(rollout.logprobs, again.logprobs)
-    with pytest.raises(NotImplementedError, match="does not know Linear4Bit"):
-        Engine(adapted(4), consistency="exact").generate(queries, max_new_tokens=2)
+    model = adapted(4).to(torch.bfloat16)
+    layer = model.pretrained_model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    layer.weight.quant_state.dtype = torch.float16
+    with pytest.raises(NotImplementedError, match=r"4-bit weights of torch.float16 beside torch.bfloat16 .*q_proj"):
+        Engine(model, consistency="exact").generate(queries, max_new_tokens=2)
 
 
 def test_an_adapter_opens_in_plain_peft(tmp_path):

@@ -33,6 +33,8 @@ class InspectArguments:
     """Load the base in 8 bits."""
     load_in_4bit: bool = False
     """Load the base in 4 bits."""
+    int8_meaning: str | None = None
+    """What 8-bit layers compute: weight_only, the default, or row_wise, which rounds activations to int8 as well."""
     texts: str | None = None
     """File or dataset of texts on which the 8-bit or 4-bit model is compared with the unquantised one."""
     text_column: str = "text"
@@ -49,7 +51,8 @@ def inspect(arguments: list[str]) -> int:
     check_directory(options.model_name_or_path, "check model_name_or_path")
     from transformers.utils import logging as transformers_logging
 
-    quantised = {name: True for name in ("load_in_8bit", "load_in_4bit") if getattr(options, name)}
+    quantised: dict[str, Any] = {name: True for name in ("load_in_8bit", "load_in_4bit") if getattr(options, name)}
+    quantised |= {} if options.int8_meaning is None else {"int8_meaning": options.int8_meaning}
     if options.texts is not None and not quantised:
         raise ValueError(f"texts={options.texts!r} compare a quantised model with its base: add load_in_8bit or _4bit")
     sequences = None if options.texts is None else _read_texts(options)
@@ -67,7 +70,7 @@ def inspect(arguments: list[str]) -> int:
     return 0
 
 
-def _load(options: InspectArguments, quantised: dict[str, bool]) -> Any:
+def _load(options: InspectArguments, quantised: dict[str, Any]) -> Any:
     from fastppo.models.loading import load_base
 
     return load_base(options.model_name_or_path, **quantised).model
@@ -83,7 +86,7 @@ def _read_texts(options: InspectArguments) -> list[Tensor]:
     return [tokenizer(row[options.text_column], return_tensors="pt").input_ids[0] for row in rows]
 
 
-def _accuracy(options: InspectArguments, quantised: dict[str, bool], sequences: list[Tensor]) -> list[tuple[str, str]]:
+def _accuracy(options: InspectArguments, quantised: dict[str, Any], sequences: list[Tensor]) -> list[tuple[str, str]]:
     """Compare the quantised model with what it was made from."""
     from fastppo.models.accuracy import compare
 

@@ -90,10 +90,9 @@ def examine(options: PlanArguments, config: PPOConfig) -> dict[str, Any]:
             f"prompt and response have {options.prompt} + {options.response} tokens, but the model's context is "
             f"{context}; shorten one of them"
         )
-    rehearsal = Rehearsal(build(model, weights))
+    rehearsal = Rehearsal(build(model, weights, config))
     found = rehearsal.plan(work)
-    tried = [(one.flags, Rehearsal(build(model, one.weights)).plan(one.work)) for one in advice.settings(weights, work)]
-    flags, best = min(tried, key=lambda pair: pair[1].peak)
+    flags, best = _best_setting(model, weights, work)
 
     def with_batch(number: int) -> int:
         return advice.needed(rehearsal.plan(advice.with_batch(work, number)))
@@ -114,6 +113,19 @@ def examine(options: PlanArguments, config: PPOConfig) -> dict[str, Any]:
         "largest_response": advice.largest(with_response, memory, longest),
         "best_setting": {"flags": flags, "peak_bytes": best.peak} if best.peak < found.peak else None,
     }
+
+
+def _best_setting(model: Any, weights: Any, work: Any) -> tuple[str, Any]:
+    """Return the flags of the change that takes least, and its plan."""
+    from fastppo.planner import advice
+    from fastppo.planner.network import build
+    from fastppo.trainers.rehearsal import Rehearsal
+
+    tried = [
+        (one.flags, Rehearsal(build(model, one.weights, one.work.config)).plan(one.work))
+        for one in advice.settings(weights, work)
+    ]
+    return min(tried, key=lambda pair: pair[1].peak)
 
 
 def parse_bytes(text: str) -> int:

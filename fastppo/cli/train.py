@@ -79,6 +79,8 @@ class PPOArguments:
     """Layers that get an adapter; by default all linear ones but the head."""
     load_in_8bit: bool = False
     load_in_4bit: bool = False
+    int8_meaning: str | None = None
+    """What 8-bit layers compute: weight_only, the default, or row_wise, which rounds activations to int8 as well."""
     dtype: str | None = None
     """Of the model's weights: float32 (fp32), bfloat16 (bf16), float16 (fp16) or auto, the checkpoint's; by default
     float32 for what is trained."""
@@ -148,9 +150,9 @@ def make_trainer(options: PPOArguments, config: PPOConfig) -> Any:
         kwargs["peft_config"] = _lora(options)
     if options.dtype is not None:
         kwargs["dtype"] = _DTYPES[options.dtype]
-    for name in ("load_in_8bit", "load_in_4bit"):
+    for name in ("load_in_8bit", "load_in_4bit", "int8_meaning"):
         if getattr(options, name):
-            kwargs[name] = True
+            kwargs[name] = getattr(options, name)
     if options.reward_adapter is not None:
         kwargs["reward_adapter"] = options.reward_adapter
     tokenizer = load_tokenizer(options.model_name_or_path)

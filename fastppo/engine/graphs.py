@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastppo.engine.kv import PagedCache
+from fastppo.engine.slots import Slots
 from fastppo.engine.steps import module_step
-from fastppo.models.network import active_adapters, causal_lm
+from fastppo.models.network import causal_lm
 
 Replay = Callable[[], object]
 
@@ -27,13 +28,15 @@ class GraphStep:
 
     A graph is captured when its number of rows comes up for the second time, so that everything is compiled by then
     and rare numbers cost nothing. It reads weights, blocks and tables where they lie: those may change, but where one
-    of them moves, or another adapter is on, graphs are captured anew. A model that cannot be captured runs as it is.
+    of them moves graphs are captured anew. Which adapter is on is a matter of what lies in its slots. A model that
+    cannot be captured runs as it is.
     """
 
     name = "graphs"
 
     def __init__(self, model: Any, cache: PagedCache):
         self._model, self._cache = model, cache
+        self._slots = Slots(model, cache.like.dtype)
         self._graphs: dict[int, _Graph | None] = {}  # None: seen once
         self._weights: tuple[object, ...] = ()
         self._places: tuple[object, ...] = ()
@@ -42,10 +45,10 @@ class GraphStep:
         self.captures = 0
 
     def refresh(self) -> bool:
-        """Look where the weights are now and which adapters are on; the graphs can always be run."""
+        """Look where the weights are now, and write the adapters that are on; the graphs can always be run."""
         inner = causal_lm(self._model)
         tensors = [*inner.parameters(), *inner.buffers()]
-        weights = (*(tensor.data_ptr() for tensor in tensors), *active_adapters(self._model))
+        weights = (*(tensor.data_ptr() for tensor in tensors), *self._slots.write())
         if weights != self._weights:
             self._weights = weights
             self._graphs.clear()
@@ -71,7 +74,7 @@ class GraphStep:
         inputs = (like[0].new_zeros(rows), like[1].new_zeros(rows), like[2].new_zeros(rows))
         _fill(inputs, like)
         try:
-            hidden, replay = self._capture(lambda: module_step(self._model, self._cache, *inputs))
+            hidden, replay = self._capture(lambda: self._run_with_slots(*inputs))
         except RuntimeError as error:
             self.is_capturable = False
             warnings.warn(
@@ -83,6 +86,10 @@ class GraphStep:
         self.captures += 1
         graph = self._graphs[rows] = _Graph(inputs, hidden, replay)
         return graph
+
+    def _run_with_slots(self, ids: Tensor, positions: Tensor, sequences: Tensor) -> Tensor:
+        with self._slots.serving():
+            return module_step(self._model, self._cache, ids, positions, sequences)
 
     def _capture(self, run: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
         """Capture a run; return where its result will be, and what runs it."""

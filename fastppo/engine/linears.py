@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastppo.engine.tracing import UnsupportedModelError
-
-# The numbers of csrc/small_matmul.hpp's WeightType.
-WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+from fastppo.ops.four_bits import TYPES, FourBits
+from fastppo.ops.matmul import WEIGHT_TYPES
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,21 +25,26 @@ class Adapter:
 class Matrix:
     """A weight as it lies in memory, and how to read it."""
 
-    weight: Tensor  # (outputs, inputs), or (inputs, outputs) if transposed
+    weight: Tensor  # (outputs, inputs), or (inputs, outputs) if transposed; in 4 bits bytes
     is_transposed: bool = False
     row_scales: Tensor | None = None  # (outputs,) fp32, int8 only
     bias: Tensor | None = None  # (outputs,) fp32
     adapters: tuple[Adapter, ...] = ()
+    four_bits: FourBits | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(outputs, inputs)."""
+        if self.four_bits is not None:
+            return self.four_bits.shape
         rows, columns = self.weight.shape
         return (columns, rows) if self.is_transposed else (rows, columns)
 
     @property
     def type(self) -> int:
         """The number of the weight's dtype in csrc/small_matmul.hpp."""
+        if self.four_bits is not None:
+            return TYPES[self.four_bits.dtype]
         return WEIGHT_TYPES[self.weight.dtype]
 
 
@@ -68,8 +71,18 @@ def read_linear(module: Any) -> Matrix:
     base = active(module.get_base_layer()) if hasattr(module, "base_layer") else module
     bias = None if getattr(base, "bias", None) is None else base.bias.detach().float()
     if hasattr(base, "codes_and_scales"):
+        if base.meaning != "weight_only":
+            raise UnsupportedModelError(f"8-bit layers that mean {base.meaning!r} are not known here")
         codes, scales = base.codes_and_scales()
         return Matrix(_readable(codes), False, scales.contiguous(), bias, _adapters(module))
+    if hasattr(base, "four_bits"):
+        bits = base.four_bits()
+        if bits.type_for(bits.dtype) is None or bits.codes.device.type != "cpu":
+            raise UnsupportedModelError(
+                f"a weight in 4 bits stands for {bits.dtype} {bits.shape} on {bits.codes.device}, expected fp32 or "
+                "bf16 with an even number of inputs on the CPU"
+            )
+        return Matrix(bits.codes, bias=bias, adapters=_adapters(module), four_bits=bits)
     is_transposed = type(base).__name__ == "Conv1D" and hasattr(base, "nf")
     is_plain = isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward
     if not is_transposed and not is_plain:

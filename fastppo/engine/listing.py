@@ -192,7 +192,11 @@ class Listing:
         weight = self.held(matrix.weight)
         place = (weight.data_ptr(), weight.stride(0), matrix.type, matrix.is_transposed)
         scales, bias = self.parameter(matrix.row_scales), self.parameter(matrix.bias)
-        self.native.multiply(from_, to, matrix.shape, (*place, scales), bias, addition, pack, waits)
+        described = None
+        if matrix.four_bits is not None:
+            self.tensors += matrix.four_bits.tensors
+            described = matrix.four_bits.described
+        self.native.multiply(from_, to, matrix.shape, (*place, scales), bias, addition, pack, waits, described)
 
 
 def _linears(layer: Layer) -> list[Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import load_file
@@ -15,7 +17,7 @@ from fastppo.models.loading import find_file
 
 @contextmanager
 def preserving_flags(module: nn.Module) -> Iterator[None]:
-    """PEFT changes `requires_grad` as it adds and switches adapters; put it back afterwards."""
+    """PEFT changes `requires_grad` as it adds adapters; put it back afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     try:
         yield
@@ -24,31 +26,82 @@ def preserving_flags(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+@dataclass(frozen=True, eq=False)
+class _Tuned:
+    """The layers of a PEFT model that its adapters change."""
+
+    configs: Mapping[str, Any]  # of the adapters that there were when it was looked through
+    layers: tuple[Any, ...]
+    wrappers: tuple[Any, ...]  # of modules that adapters replace by their own
+    parameters: Mapping[str, list[nn.Parameter]]  # by adapter
+
+    def switch(self, name: str) -> None:
+        """Let every layer compute with one adapter, as PEFT's `set_adapter` does, but leave every flag."""
+        # Not by setattr, for which a module looks through its parameters, buffers and parts.
+        for layer in self.layers:
+            vars(layer).update(_disable_adapters=False, _active_adapter=[name])
+        for wrapper in self.wrappers:
+            vars(wrapper).update(_disable_adapters=False, _active_adapter=name if name in wrapper._adapters else [])
+
+
+_TUNED: WeakKeyDictionary[nn.Module, _Tuned] = WeakKeyDictionary()
+
+
+def _tuned(peft_model: Any) -> _Tuned:
+    """Look through a PEFT model, once for as long as its adapters are the same: the walk takes longer than a switch."""
+    configs, known = peft_model.peft_config, _TUNED.get(peft_model)
+    if known is not None and list(map(id, known.configs.values())) == list(map(id, configs.values())):
+        return known
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    modules = list(peft_model.modules())
+    _TUNED[peft_model] = _Tuned(
+        dict(configs),
+        tuple(module for module in modules if isinstance(module, BaseTunerLayer)),
+        tuple(module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)),
+        {name: adapter_parameters(peft_model, name) for name in configs},
+    )
+    return _TUNED[peft_model]
+
+
+@contextmanager
+def _restoring(tuned: _Tuned) -> Iterator[None]:
+    parts = (*tuned.layers, *tuned.wrappers)
+    before = [(part._disable_adapters, part._active_adapter) for part in parts]
+    try:
+        yield
+    finally:
+        for part, (is_off, active) in zip(parts, before, strict=True):
+            vars(part).update(_disable_adapters=is_off, _active_adapter=active)
+
+
 @contextmanager
 def using_adapter(peft_model: Any, name: str) -> Iterator[None]:
-    """Compute with this adapter, trainable, inside; which ones are on and every flag are then as they were before."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    tuner = peft_model.base_model
+    """Compute with this adapter inside, trainable where gradients are made; all is then as it was before."""
+    tuned, tuner = _tuned(peft_model), peft_model.base_model
     before = peft_model.active_adapter, tuner.active_adapter
-    is_off = any(module.disable_adapters for module in tuner.modules() if isinstance(module, BaseTunerLayer))
-    with preserving_flags(peft_model):
+    frozen = [p for p in tuned.parameters[name] if not p.requires_grad] if torch.is_grad_enabled() else []
+    with _restoring(tuned):
         try:
-            if is_off:
-                tuner.enable_adapter_layers()
-            peft_model.set_adapter(name)
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            tuned.switch(name)
+            peft_model.active_adapter = tuner.active_adapter = name
             yield
         finally:
-            tuner.set_adapter(before[1])
-            peft_model.active_adapter = before[0]
-            if is_off:
-                tuner.disable_adapter_layers()
+            peft_model.active_adapter, tuner.active_adapter = before
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
 
 @contextmanager
 def without_adapters(peft_model: Any) -> Iterator[None]:
-    """Compute with the base alone inside; PEFT itself freezes every adapter but the one that is on afterwards."""
-    with preserving_flags(peft_model), peft_model.disable_adapter():
+    """Compute with the base alone inside."""
+    tuned = _tuned(peft_model)
+    with _restoring(tuned):
+        for part in (*tuned.layers, *tuned.wrappers):
+            vars(part)["_disable_adapters"] = True
         yield
 
 

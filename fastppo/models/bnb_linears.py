@@ -8,6 +8,8 @@ when it decodes.
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,22 +18,36 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt, LinearFP4, LinearNF4
 from torch import Tensor, nn
 
 from fastppo import ops
+from fastppo.ops.four_bits import FourBits, Nested
+from fastppo.ops.quantised import MEANINGS
 
 _FOUR_BITS = (Linear4bit, LinearFP4, LinearNF4)
 
 
 class Int8Linear(Linear8bitLt):
-    """y = x · (codes · scales)ᵀ + bias with the int8 codes (N, K) and row scales (N,) that bitsandbytes stored."""
+    """y = x · (codes · scales)ᵀ + bias with the int8 codes (N, K) and row scales (N,) that bitsandbytes stored.
+
+    `meaning` says whether each row of x is rounded to int8 first: one of `ops.quantised.MEANINGS`.
+    """
+
+    meaning: str = "weight_only"
+    _absmax: Any = None
+    _absmax_version = 0
+    _scales: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., N) in x's dtype of x (..., K)."""
         codes, scales = self.codes_and_scales()
-        return ops.int8_linear(x, codes, scales, self.bias)
+        return ops.int8_linear(x, codes, scales, self.bias, meaning=self.meaning)
 
     def codes_and_scales(self) -> tuple[Tensor, Tensor]:
         """Return the codes (N, K) int8 and what a row of them is multiplied by, (N,) fp32."""
-        absmax: Any = self.weight.SCB if self.weight.SCB is not None else self.state.SCB
-        return self.weight.data, absmax / 127
+        weight: Any = self._parameters["weight"]
+        absmax: Any = weight.SCB if weight.SCB is not None else self.state.SCB
+        # Kept until the tensor that they are of is another, or has been written to.
+        if absmax is not self._absmax or absmax._version != self._absmax_version:
+            self._absmax, self._absmax_version, self._scales = absmax, absmax._version, absmax / 127
+        return weight.data, self._scales
 
 
 class Linear4Bit(Linear4bit):
@@ -39,23 +55,28 @@ class Linear4Bit(Linear4bit):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., N) in x's dtype of x (..., K)."""
-        product: Tensor = _Dequantised.apply(x, self.weight)
-        return product if self.bias is None else product + self.bias.to(product.dtype)
+        weight: Any = self.weight
+        return ops.four_bit_linear(x, self.four_bits(), partial(widened, weight), self.bias)
+
+    def four_bits(self) -> FourBits:
+        """Return what the codes are and stand for."""
+        weight: Any = self.weight
+        state, nested = weight.quant_state, None
+        if state.nested:
+            nested = Nested(state.state2.code, state.state2.absmax, state.state2.blocksize, state.offset)
+        codes = weight.data.view(torch.uint8)
+        return FourBits(codes, tuple(state.shape), state.code, state.absmax, state.blocksize, state.dtype, nested)
 
 
-class _Dequantised(torch.autograd.Function):
-    """x (..., K) · Wᵀ, whose W is dequantised again for the backward pass instead of being kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any) -> Tensor:
-        ctx.weight = weight
-        product: Tensor = x @ dequantize_4bit(weight.data, weight.quant_state).to(x.dtype).t()
-        return product
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None]:
-        (d_out,) = upstream
-        return d_out @ dequantize_4bit(ctx.weight.data, ctx.weight.quant_state).to(d_out.dtype), None
+def widened(weight: Any) -> Tensor:
+    """Return the weight (N, K), in the dtype that it had, that 4-bit codes stand for."""
+    state = weight.quant_state
+    if state.shape[-1] % state.blocksize == 0:
+        return dequantize_4bit(weight.data, state)  # type: ignore[no-any-return]
+    # Where a block reaches into the next row, on a CPU bitsandbytes takes another's scale; in one long row it does not.
+    long = copy.copy(state)
+    long.shape = torch.Size([state.shape.numel()])
+    return dequantize_4bit(weight.data, long).view(state.shape)  # type: ignore[no-any-return]
 
 
 def adopt(model: nn.Module) -> int:
@@ -76,6 +97,19 @@ def adopt(model: nn.Module) -> int:
             continue
         count += 1
     return count
+
+
+def set_int8_meaning(model: nn.Module, meaning: str) -> None:
+    """Let all 8-bit layers of a model compute one of `ops.quantised.MEANINGS`. Raises ValueError."""
+    if meaning not in MEANINGS:
+        raise ValueError(f"int8_meaning must be one of {', '.join(MEANINGS)}, got {meaning!r}")
+    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    if not layers:
+        raise ValueError(
+            f"int8_meaning={meaning!r} says what 8-bit layers compute, but the model has none; add load_in_8bit=True"
+        )
+    for layer in layers:
+        layer.meaning = meaning
 
 
 def _unpack(module: Any) -> None:

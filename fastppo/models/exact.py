@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastppo import ops
+from fastppo.models.network import causal_lm
 from fastppo.ops.matmul import row_invariant, small_linear
 
 NOT_EXACT = "its samples cannot be packed here (see fastppo inspect); use consistency='bounded'"
@@ -53,11 +54,11 @@ def _conv1d(module: Any, x: Tensor) -> Tensor:
 def exact_linears(model: nn.Module) -> Iterator[None]:
     """Compute linear layers and the head row by row inside; a nested use changes nothing.
 
-    Raises NotImplementedError where that cannot be: without the C++ extension, on a GPU, with quantised weights.
+    Raises NotImplementedError where that cannot be: without the C++ extension, on a GPU, with 4-bit weights of fp16.
     """
     from transformers.pytorch_utils import Conv1D
 
-    device = next(model.parameters()).device
+    device, dtype = next(model.parameters()).device, causal_lm(model).get_input_embeddings().weight.dtype
     if ops.backend(device) != "native":
         raise NotImplementedError(
             f"consistency='exact' needs the C++ extension and a model in host memory, got one on {device} with backend "
@@ -69,8 +70,11 @@ def exact_linears(model: nn.Module) -> Iterator[None]:
         if kind in (nn.Linear, Conv1D) and "v_head" not in name and "forward" not in vars(module):
             replaced.append(module)
             module.forward = partial(_linear if kind is nn.Linear else _conv1d, module)
-        elif isinstance(module, nn.Linear) and kind.__name__ == "Linear4Bit":
-            raise NotImplementedError(f"consistency='exact' does not know {kind.__name__} ({name}); use 'bounded'")
+        elif hasattr(module, "four_bits") and module.four_bits().type_for(dtype) is None:
+            stored = module.four_bits().dtype
+            raise NotImplementedError(
+                f"consistency='exact' does not know 4-bit weights of {stored} beside {dtype} ({name}); use 'bounded'"
+            )
     try:
         with row_invariant():
             yield

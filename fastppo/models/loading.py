@@ -26,6 +26,16 @@ class Source:
 
 def load_base(source: Any, *model_args: Any, **kwargs: Any) -> Source:
     """Load a model by name or path, or take a loaded one; add or continue an adapter. See `from_pretrained`."""
+    meaning = kwargs.pop("int8_meaning", None)
+    found = _load(source, *model_args, **kwargs)
+    if meaning is not None:
+        from fastppo.models.bnb_linears import set_int8_meaning
+
+        set_int8_meaning(found.model, meaning)
+    return found
+
+
+def _load(source: Any, *model_args: Any, **kwargs: Any) -> Source:
     peft_config = kwargs.pop("peft_config", None)
     is_trainable = kwargs.pop("is_trainable", True)
     _check_peft_config(peft_config)

@@ -26,10 +26,9 @@ def find_layer(module: Any) -> partial[Tensor] | None:
 
 def run(module: Any, x: Tensor, *rest: Any, **named: Any) -> Tensor:
     """Return (..., N) of x (..., K): the base layer's output plus scale·B(A x) of every adapter in use."""
-    names = () if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
     # PEFT's parts are row-invariant where they must be; the products here are not.
-    is_ours = not (rest or named or module.merged or is_row_invariant())
-    if not is_ours or not all(_is_plain(module, name) for name in names):
+    names = None if rest or named or is_row_invariant() else plain_adapters(module)
+    if names is None:
         result: Tensor = type(module).forward(module, x, *rest, **named)
         return result
     out = module.base_layer(x)
@@ -38,6 +37,12 @@ def run(module: Any, x: Tensor, *rest: Any, **named: Any) -> Tensor:
         down, up = (part[name].weight.to(x.dtype) for part in (module.lora_A, module.lora_B))
         out = torch.addmm(out, rows @ down.t(), up.t(), alpha=module.scaling[name])
     return out.view(shape)  # type: ignore[no-any-return]
+
+
+def plain_adapters(module: Any) -> list[str] | None:
+    """Return the adapters of a layer that are on, or None if one of them is merged or more than B·A."""
+    names = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
+    return names if not module.merged and all(_is_plain(module, name) for name in names) else None
 
 
 def _is_plain(module: Any, name: str) -> bool:

@@ -89,7 +89,9 @@ def _dequantised(layer: Any) -> Tensor:
     from bitsandbytes import functional
 
     if type(weight).__name__ == "Params4bit":
-        return functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[attr-defined, no-any-return]
+        from fastppo.models.bnb_linears import widened
+
+        return widened(weight)
     scales = weight.SCB if layer.state.SCB is None else layer.state.SCB  # type: ignore[attr-defined]
     return functional.int8_vectorwise_dequant(weight.data, scales)  # type: ignore[no-any-return]
 

@@ -71,7 +71,8 @@ def _state(model: nn.Module) -> tuple[Any, ...]:
     """Return what a verdict depends on besides its name."""
     inner = causal_lm(model)
     adapters = sorted((type(m).__name__, str(m.merged_adapters)) for m in model.modules() if hasattr(m, "lora_A"))
-    return inner.dtype, inner.device, tuple(adapters)
+    meanings = sorted({str(m.meaning) for m in model.modules() if hasattr(m, "codes_and_scales")})
+    return inner.dtype, inner.device, tuple(adapters), tuple(meanings)
 
 
 def _remembered(model: nn.Module, name: str, compare: Callable[[], Verdict]) -> Verdict:

@@ -101,7 +101,9 @@ class Census:
 
 def _place(tensor: Tensor) -> tuple[str, int] | None:
     """Return device and address of a tensor's storage; None if it takes no memory of its own."""
-    if tensor.layout != torch.strided or tensor.device.type == "meta" or not tensor.untyped_storage().nbytes():
+    if tensor.layout != torch.strided or not tensor.untyped_storage().nbytes():
+        return None
+    if tensor.untyped_storage().device.type == "meta":  # also of those that torch.compile traces with
         return None
     return str(tensor.device), tensor.untyped_storage().data_ptr()
 

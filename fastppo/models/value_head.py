@@ -88,6 +88,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
                 `compute_reward_score`.
             reward_adapter_name: what it is called here (default "reward_model_adapter").
             summary_dropout_prob, v_head_initializer_range, v_head_init_strategy: the value head's.
+            int8_meaning: what 8-bit layers compute: "weight_only" (the default) leaves activations as they are,
+                "row_wise" rounds each row of them to int8, in the rollout and in the update alike.
             load_in_8bit, load_in_4bit, torch_dtype and everything else: transformers' `from_pretrained`.
 
         Weights that are to be trained are loaded in fp32 unless `dtype` says otherwise. A critic that was saved with

@@ -7,6 +7,7 @@ states to log-probs, a loss with its gradients, or an exact KL, and never hold [
 from fastppo.ops.backends import backend, use_backend
 from fastppo.ops.chunks import LogitBuffer, chunk_rows
 from fastppo.ops.flat import checksum, gae, pack
+from fastppo.ops.four_bits import four_bit_linear
 from fastppo.ops.fused import gated_activation, rms_norm, rotary
 from fastppo.ops.logprobs import linear_kl, linear_logprobs
 from fastppo.ops.loss import linear_loss
@@ -25,6 +26,7 @@ __all__ = [
     "chunk_rows",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "four_bit_linear",
     "gae",
     "gated_activation",
     "int8_linear",

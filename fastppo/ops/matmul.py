@@ -12,10 +12,10 @@ from fastppo.ops.backends import backend, native
 
 # As the C++ kernels number them.
 WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-_INT8_BFLOAT16 = 3  # int8 codes for bf16 activations, not transposed
+INT8_BFLOAT16 = 3  # int8 codes for bf16 activations, not transposed
 FLOAT_TYPES = (torch.float32, torch.bfloat16)
 # Less arithmetic than this is done before a second thread has woken up.
-_MIN_PARALLEL = 2**19
+MIN_PARALLEL = 2**19
 _is_row_invariant = False
 
 
@@ -78,7 +78,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | No
         (
             weight.data_ptr(),
             weight.stride(int(is_transposed)),
-            _INT8_BFLOAT16 if is_half else WEIGHT_TYPES[weight.dtype],
+            INT8_BFLOAT16 if is_half else WEIGHT_TYPES[weight.dtype],
             is_transposed,
             0 if scales is None else scales.data_ptr(),
         ),
@@ -87,7 +87,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | No
         False,
         (out.data_ptr(), out.stride(0)),
         _is_row_invariant,
-        torch.get_num_threads() if x.numel() * len(weight) >= _MIN_PARALLEL else 1,
+        torch.get_num_threads() if x.numel() * len(weight) >= MIN_PARALLEL else 1,
     )
     return out
 

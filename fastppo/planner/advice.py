@@ -59,11 +59,14 @@ def with_batch(work: Work, batch: int) -> Work:
 
 def settings(weights: Weights, work: Work) -> Iterator[Setting]:
     """Yield the single changes of the settings that may take less memory."""
+    is_whole = work.config.critic == "full"  # a network of its own, which is not trained in 8 or 4 bits
     if weights.lora_r is None:
         yield Setting("--lora_r 16", replace(weights, lora_r=16), work)
+    elif is_whole:
+        yield Setting("--critic adapter", weights, replace(work, config=replace(work.config, critic="adapter")))
     elif weights.bits is None:
         yield Setting("--load_in_8bit", replace(weights, bits=8), work)
-    if weights.lora_r is not None and weights.bits != 4:
+    if weights.lora_r is not None and weights.bits != 4 and not is_whole:
         yield Setting("--load_in_4bit", replace(weights, bits=4), work)
     if not weights.bf16:
         yield Setting("--bf16", replace(weights, bf16=True), work)

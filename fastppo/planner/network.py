@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastppo.config import PPOConfig
 from fastppo.models import fusions, probe
+from fastppo.models.adapters import without_adapters
 from fastppo.models.attach import batch_dependent_rotaries
+from fastppo.models.critic import CRITIC, attach_critic
 from fastppo.models.network import causal_lm, to_bf16
 from fastppo.models.probe import Verdict
 from fastppo.models.reference import create_reference_model
@@ -44,7 +47,7 @@ class Weights:
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """Policy and reference on the meta device."""
+    """Policy, critic and reference on the meta device."""
 
     model: Any
     reference: Any  # a second set of weights, or None where the adapter is switched off
@@ -55,17 +58,15 @@ class Network:
         if self.reference is not None:
             yield self.reference
             return
-        with self.model.pretrained_model.disable_adapter():
+        with without_adapters(self.model.pretrained_model):
             yield self.model
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """Return the tensors that stay for the whole run, by what they are; shared ones under the first name."""
-        owners: dict[str, list[Tensor]] = {"base weights": [], "adapters": [], "value head": [], "reference": []}
+        names = ("base weights", "adapters", "critic", "value head", "reference")
+        owners: dict[str, list[Tensor]] = {name: [] for name in names}
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            is_adapter = "lora_" in name or "modules_to_save" in name
-            owners["value head" if name.startswith("v_head") else "adapters" if is_adapter else "base weights"].append(
-                tensor
-            )
+            owners[_owner(name)].append(tensor)
         if self.reference is not None:
             owners["reference"] = [*self.reference.parameters(), *self.reference.buffers()]
         return owners
@@ -75,12 +76,24 @@ class Network:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
 
-def build(config: Any, weights: Weights) -> Network:
-    """Build a network from a transformers configuration. Raises ValueError and NotImplementedError."""
+def _owner(name: str) -> str:
+    if name.startswith("critic.") or f".{CRITIC}." in f"{name}.":
+        return "critic"
+    if name.startswith("v_head"):
+        return "value head"
+    return "adapters" if "lora_" in name or "modules_to_save" in name else "base weights"
+
+
+def build(config: Any, weights: Weights, settings: PPOConfig) -> Network:
+    """Build a network from a transformers configuration, with the critic of a run's settings.
+
+    Raises ValueError and NotImplementedError.
+    """
     weights.check()
     inner = _from_config(copy.deepcopy(config), weights)
     if weights.bits is not None:
         quantise(inner, weights.bits)
+        inner.is_quantized = True
     if weights.lora_r is not None:
         inner = _with_lora(inner, weights)
     with torch.device("meta"):
@@ -88,6 +101,8 @@ def build(config: Any, weights: Weights) -> Network:
     if weights.bf16:
         to_bf16(model)
     reference = create_reference_model(model) if weights.lora_r is None else None
+    with torch.device("meta"):
+        attach_critic(model, settings)
     if weights.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return _ready(Network(model, reference), None)
@@ -136,7 +151,7 @@ def _empty(tensor: Tensor) -> Tensor:
 
 def _ready(network: Network, verdicts: dict[str, Verdict] | None) -> Network:
     """Settle what cannot be asked of weights without numbers: what is fused, and in which layouts the model runs."""
-    for model in (network.model, network.reference):
+    for model in (network.model, network.reference, network.model.critic):
         if model is not None:
             for rotary in batch_dependent_rotaries(model):
                 rotary.rope_type = "default"  # others look at the positions

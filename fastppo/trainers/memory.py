@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastppo.engine.slots import Slots
 from fastppo.models.critic import CRITIC, critic_kind
 from fastppo.models.reference import REFERENCE_ADAPTER
 from fastppo.models.storages import Census, MemoryReport, named_tensors
@@ -31,6 +32,8 @@ def memory_report(trainer: Any) -> MemoryReport:
     census.add("fp32 masters", "update", (state for state in states if state[0].endswith(".master")))
     census.add("optimiser state", "update", states)
     census.add("KV cache", "rollout", ((f"kv.{i}", part) for i, part in enumerate(trainer.engine.kv_tensors)))
+    slots = [part for thing in gc.get_objects() if type(thing) is Slots for part in thing.tensors]
+    census.add("adapter slots", "rollout", (("slot", part) for part in slots))
     buffers = [thing for thing in gc.get_objects() if type(thing) is LogitBuffer]
     census.add("logits", "rollout and update", (("logits", part) for buffer in buffers for part in buffer.parts))
     census.add_others()

@@ -45,8 +45,6 @@ class Rehearsal:
     def plan(self, work: Work) -> Plan:
         """Return what a step takes once the optimiser has its state. Raises NotImplementedError and ValueError."""
         config = work.config
-        if config.critic != "head":
-            raise NotImplementedError(f"a run with critic={config.critic!r} cannot be planned yet, only with 'head'")
         sizes = work.prompt, work.response, config.micro_batch_size, config.gradient_accumulation_steps
         passes = sizes, work.device, work.memory, config.kl_penalty, config.compat, config.optim
         stages = ("rollout", _rollout, work), ("evaluate", _evaluate, passes), ("update", _update, passes)
@@ -199,6 +197,7 @@ def _evaluate(network: Network, work: Work, _: _Adam, __: LiveBytes) -> None:
     options: dict[str, Any] = {
         "max_size": work.config.micro_batch_size,
         "exact_kl": work.config.kl_penalty == "full",
+        "critic": work.config.critic,
     }
     reference: Any = network
     evaluate(network.model, reference, samples, rollout, **options)
