@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 # Loaded on first use: importing the package must not load transformers or triton.
 _HOMES = {
     "AutoModelForCausalLMWithValueHead": "fastppo.models.value_head",
+    "AutoModelForSeq2SeqLMWithValueHead": "fastppo.models.value_head",
     "BestOfNSampler": "fastppo.rewards.best_of_n",
     "Engine": "fastppo.engine.engine",
     "LengthSampler": "fastppo.core",

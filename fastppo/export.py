@@ -16,7 +16,7 @@ from fastppo.atomic import Pathlike, atomic_directory
 from fastppo.engine import prompts as incoming
 from fastppo.models.loading import Source, load_base
 from fastppo.models.merge import merged_weights
-from fastppo.models.network import causal_lm
+from fastppo.models.network import causal_lm, is_encoder_decoder
 from fastppo.models.value_head import VALUE_HEAD_FILE
 
 # Without a tokenizer: this many prompts of this many random tokens.
@@ -132,7 +132,9 @@ def _skeleton(inner: Any, dtype: torch.dtype, weights: dict[str, Tensor]) -> Any
 def _logits(model: Any, ids: Sequence[Tensor]) -> list[Tensor]:
     """Return the logits (L, V) of each prompt, fp32 on the CPU."""
     inner = causal_lm(model).eval()  # as others will run it, without fused kernels
-    return [inner(input_ids=one[None].to(inner.device), use_cache=False).logits[0].float().cpu() for one in ids]
+    names = ("input_ids", "decoder_input_ids") if is_encoder_decoder(inner) else ("input_ids",)
+    inputs = [dict.fromkeys(names, one[None].to(inner.device)) for one in ids]
+    return [inner(**one, use_cache=False).logits[0].float().cpu() for one in inputs]
 
 
 def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> LogitChange:

@@ -89,6 +89,7 @@ class Samples:
     labels: Tensor  # (T,) int64, the trainable tokens
     ended: Tensor  # (B,) bool, the response ends in an end-of-sequence token
     temperature: float
+    prefix: Tensor | None = None  # (P,) int64, the decoder's first tokens; None where the response follows its query
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -97,6 +98,16 @@ class Samples:
     def lengths(self) -> list[int]:
         """Tokens of query and response together, per sample."""
         return [len(q) + len(r) for q, r in zip(self.queries, self.responses, strict=True)]
+
+    def start(self, row: int) -> int:
+        """Return the number of tokens before a sample's response in the sequence that it is predicted in."""
+        return len(self.queries[row] if self.prefix is None else self.prefix)
+
+    def extents(self, row: int) -> tuple[int, ...]:
+        """Return the tokens of a sample in each network that it passes through: one, or encoder and decoder."""
+        if self.prefix is None:
+            return (len(self.queries[row]) + len(self.responses[row]),)
+        return len(self.queries[row]), len(self.prefix) + len(self.responses[row]) - 1
 
     def take(self, rows: Sequence[int]) -> Tensor:
         """Return the flat indices, (T',) int64, of the trainable tokens of the samples `rows`, in that order."""

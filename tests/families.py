@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 # What a configuration has of these is set; the rest follows from the family.
 SIZES = {
@@ -112,22 +112,49 @@ FAMILIES = {
     "mbart": {},
     "pegasus": {},
     "marian": {"decoder_vocab_size": 64},
-    "t5": {},
-    "umt5": {},
 }
-FAST = ("llama", "gemma2", "gpt_oss", "gpt2", "bloom", "gpt_neo", "llama4_text", "mamba", "lfm2", "rwkv", "bart", "t5")
+FAST = ("llama", "gemma2", "gpt_oss", "gpt2", "bloom", "gpt_neo", "llama4_text", "mamba", "lfm2", "rwkv", "bart")
+# The same for models that read with an encoder, and what all of these are given besides.
+_ENCODER = {"d_kv": 8, "d_ff": 48, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "encoder_layers": 2}
+_ENCODER |= {"num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4}
+_ENCODER |= {"num_decoder_attention_heads": 4, "decoder_start_token_id": 2}
+SEQ2SEQ = {
+    "t5": {},
+    "mt5": {},
+    "umt5": {},
+    "longt5": {},
+    "switch_transformers": {},
+    "bart": {},
+    "mbart": {"forced_bos_token_id": 5},
+    "pegasus": {},
+    "pegasus_x": {},
+    "marian": {"decoder_vocab_size": 64},
+    "m2m_100": {},
+    "nllb-moe": {},
+    "blenderbot": {},
+    "blenderbot-small": {},
+    "plbart": {},
+    "mvp": {},
+    "led": {"max_encoder_position_embeddings": 128, "max_decoder_position_embeddings": 128, "attention_window": 8},
+    "bigbird_pegasus": {},
+    "prophetnet": {},
+}
+FAST_SEQ2SEQ = ("t5", "m2m_100")
 
 
-def build(family):
+def build(family, with_encoder=False):
     """Return a tiny random model of a family, as transformers loads it by default."""
     with _quiet():
         kind = type(AutoConfig.for_model(family))
     known = {name for parent in kind.__mro__ for name in getattr(parent, "__annotations__", {})}
     known |= set(inspect.signature(kind.__init__).parameters) | set(kind.attribute_map)
-    settings = {name: value for name, value in SIZES.items() if name in known} | FAMILIES[family]
+    sizes, special = (SIZES | _ENCODER, SEQ2SEQ) if with_encoder else (SIZES, FAMILIES)
+    settings = {name: value for name, value in sizes.items() if name in known} | special[family]
+    if with_encoder:
+        settings |= {"decoder_start_token_id": 2, "pad_token_id": 0, "eos_token_id": 2}
     torch.manual_seed(0)
     with _quiet():
-        return AutoModelForCausalLM.from_config(kind(**settings)).eval()
+        return (AutoModelForSeq2SeqLM if with_encoder else AutoModelForCausalLM).from_config(kind(**settings)).eval()
 
 
 @contextmanager
@@ -140,14 +167,12 @@ def _quiet():
         transformers.logging.set_verbosity(level)
 
 
-def row(family):
+def row(family, with_encoder=False):
     """Return the table's entries for a family: tier, layout of training, and max |Δ log-prob| of that tier."""
     from fastppo.engine.tiers import capabilities
     from fastppo.models import probe
 
-    if family in ("t5", "umt5"):
-        return "not yet", "not yet", "encoder and decoder: no causal model of its own in transformers"
-    model = build(family)
+    model = build(family, with_encoder)
     with _quiet():
         found, packed, padded = capabilities(model), probe.trains_packed(model), probe.padded(model)
     training = "packed" if packed else "padded" if padded else "no"
@@ -167,8 +192,21 @@ ALiBi, latent attention, recurrent states), under transformers {version}.
   with a slot for recurrent states, for models that no padding suits; D, whole sequences anew at every token.
 - Training and scoring: packed, samples side by side in one row where the attention has kernels; padded, samples of
   similar length padded on the right.
-- Of models with an encoder only the decoder is used, where transformers has it as a causal model; the encoder is not
-  supported yet.
+- bart, mbart, pegasus and marian are here the decoders by themselves, which transformers has as causal models.
+
+| family | generation | training | max difference of log-probs, fp32 |
+|---|---|---|---|"""
+SEQ2SEQ_HEAD = """
+## Encoder-decoders
+
+{count} families with encoder and decoder (`AutoModelForSeq2SeqLMWithValueHead`). A query is what the encoder reads, and
+a response what the decoder writes after its start token (and, for mBART and its like, the language that is forced upon
+it), neither of which is part of the response. The encoder runs once over each distinct prompt of a generate call, and
+so do the projections that cross-attention reads.
+
+- Generation: B, a left-padded cache of the decoder, whose rows are refilled as responses end; C, for decoders whose
+  positions cannot be chosen: the responses of a batch start together, and the next batch when all have ended.
+- Training and scoring: encoder and decoder are padded on the right, each for itself, in groups that are alike in both.
 
 | family | generation | training | max difference of log-probs, fp32 |
 |---|---|---|---|"""
@@ -179,6 +217,9 @@ def main():
     print(HEAD.format(count=len(FAMILIES), version=transformers.__version__))
     for family in FAMILIES:
         print(f"| {family} | {' | '.join(row(family))} |", flush=True)
+    print(SEQ2SEQ_HEAD.format(count=len(SEQ2SEQ)))
+    for family in SEQ2SEQ:
+        print(f"| {family}, with its encoder | {' | '.join(row(family, with_encoder=True))} |", flush=True)
 
 
 if __name__ == "__main__":

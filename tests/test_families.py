@@ -25,6 +25,17 @@ def test_the_table_is_what_the_probe_finds(family):
     assert entries(family)[:2] == [tier, training]
 
 
+@pytest.mark.parametrize(
+    "family",
+    [f if f in families.FAST_SEQ2SEQ else pytest.param(f, marks=pytest.mark.slow) for f in families.SEQ2SEQ],
+)
+def test_the_table_of_encoder_decoders_is_what_the_probe_finds(family):
+    if transformers.__version__ not in TABLE:
+        pytest.skip(f"the table is of another transformers than {transformers.__version__}")
+    tier, training, _ = families.row(family, with_encoder=True)
+    assert entries(f"{family}, with its encoder")[:2] == [tier, training]
+
+
 def test_the_table_has_every_family():
     rows = [line for line in TABLE.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + len(families.FAMILIES) >= 50
+    assert len(rows) == 2 + len(families.FAMILIES) + len(families.SEQ2SEQ) >= 50

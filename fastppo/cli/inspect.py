@@ -20,6 +20,10 @@ _TIERS = {
     "C": "a slot for the states of each sequence",
     "D": "no cache: whole sequences anew at every token",
 }
+_SEQ2SEQ_TIERS = {
+    "B": "the encoder once a prompt, a left-padded cache of the decoder",
+    "C": "the encoder once a prompt, responses that start together",
+}
 _UNSERVED = ", for which there are no kernels here: by a slower tier"
 
 
@@ -119,13 +123,14 @@ def describe(model: Any) -> list[tuple[str, str]]:
 def _layouts(model: Any) -> list[tuple[str, str]]:
     from fastppo.engine.tiers import capabilities
     from fastppo.models import probe
-    from fastppo.models.network import causal_lm
+    from fastppo.models.network import causal_lm, is_encoder_decoder
     from fastppo.ops.attention import has_paged_kernels
 
     found = capabilities(model)
+    tiers = _SEQ2SEQ_TIERS if is_encoder_decoder(model) else _TIERS
     is_served = found.tier != "A" or has_paged_kernels(causal_lm(model).device)
     rows = [
-        ("generation", f"tier {found.tier}: {_TIERS[found.tier]}{'' if is_served else _UNSERVED}"),
+        ("generation", f"tier {found.tier}: {tiers[found.tier]}{'' if is_served else _UNSERVED}"),
         ("log-probs", f"within {found.verdict.error:.2g} of the model's own; the bound is {found.verdict.bound:.2g}"),
         *((f"not tier {tier}", reason) for tier, reason in found.refused.items()),
     ]

@@ -141,13 +141,16 @@ def make_trainer(options: PPOArguments, config: PPOConfig) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     from fastppo.core import set_seed
-    from fastppo.models.value_head import AutoModelForCausalLMWithValueHead
+    from fastppo.models import loading, value_head
     from fastppo.trainers.ppo import PPOTrainer
 
     config.model_name, config.query_dataset = options.model_name_or_path, options.dataset_name
     kwargs: dict[str, Any] = {}
+    tokenizer = load_tokenizer(options.model_name_or_path)  # a wrong name is told here
+    is_seq2seq = loading.reads_with_encoder(options.model_name_or_path)
+    kind = "Seq2Seq" if is_seq2seq else "Causal"
     if options.use_peft:
-        kwargs["peft_config"] = _lora(options)
+        kwargs["peft_config"] = _lora(options, "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM")
     if options.dtype is not None:
         kwargs["dtype"] = _DTYPES[options.dtype]
     for name in ("load_in_8bit", "load_in_4bit", "int8_meaning"):
@@ -155,14 +158,14 @@ def make_trainer(options: PPOArguments, config: PPOConfig) -> Any:
             kwargs[name] = getattr(options, name)
     if options.reward_adapter is not None:
         kwargs["reward_adapter"] = options.reward_adapter
-    tokenizer = load_tokenizer(options.model_name_or_path)
     set_seed(config.seed)  # a value head that the model does not have, and a new adapter, start at random
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(options.model_name_or_path, **kwargs)
+    wrapper = getattr(value_head, f"AutoModelFor{kind}LMWithValueHead")
+    model = wrapper.from_pretrained(options.model_name_or_path, **kwargs)
     disable_progress_bar()  # transformers' bars for saving would break the line that shows the steps
     return PPOTrainer(config, model, tokenizer=tokenizer)
 
 
-def _lora(options: PPOArguments) -> Any:
+def _lora(options: PPOArguments, task_type: str) -> Any:
     from peft import LoraConfig
 
     names = options.lora_target_modules
@@ -171,7 +174,7 @@ def _lora(options: PPOArguments) -> Any:
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules="all-linear" if names in (None, ["all-linear"]) else names,
-        task_type="CAUSAL_LM",
+        task_type=task_type,
     )
 
 

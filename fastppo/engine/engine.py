@@ -25,7 +25,7 @@ from fastppo.engine.windowed import WindowDecoder
 from fastppo.models import probe
 from fastppo.models.exact import NOT_EXACT, exact_linears
 from fastppo.models.loading import adopt_quantised
-from fastppo.models.network import causal_lm, weight_version
+from fastppo.models.network import causal_lm, is_encoder_decoder, weight_version
 from fastppo.ops.attention import has_paged_kernels
 from fastppo.types import Rollout
 
@@ -38,7 +38,7 @@ class Engine:
     """Generates from a model in memory, value head included if it has one, and records what it drew.
 
     Args:
-        model: a causal language model, plain, wrapped with a value head, or with a PEFT adapter.
+        model: a causal language model or an encoder-decoder, plain, wrapped with a value head, or with a PEFT adapter.
         tokenizer: needed for text prompts, chats and stop strings.
         max_rows: responses generated at the same time; more prompts wait for a free row.
         seed: of the random numbers; each is a function of the seed, the request's number and the token's position.
@@ -152,6 +152,11 @@ class Engine:
             A `Rollout` whose queries are the episodes so far. It draws what one long call would have drawn after these
             tokens. For the other arguments and errors see `generate`.
         """
+        if is_encoder_decoder(self.model):
+            raise ValueError(
+                f"{type(causal_lm(self.model)).__name__} is an encoder-decoder, whose response is not part of what the "
+                "next one follows; put the episode so far into the prompt and call generate"
+            )
         if len(new_tokens) != len(rollout):
             raise ValueError(f"got new tokens for {len(new_tokens)} responses, but the rollout has {len(rollout)}")
         added = incoming.encode(new_tokens, self.model, self.tokenizer)
@@ -251,7 +256,8 @@ class Engine:
         if not has_paged_kernels(inner.device) or not probe.paged(self.model):
             if self.is_exact:
                 raise NotImplementedError(f"{type(inner).__name__} cannot be decoded row by row: {NOT_EXACT}")
-            return slower_decoder(self.model)(self.model, requests, sampler, self.max_rows)
+            decoder = slower_decoder(self.model, self.prefill_tokens)
+            return decoder(self.model, requests, sampler, self.max_rows)
         like = inner.get_input_embeddings().weight
         cache = self._cache
         if cache is None or (cache.like.dtype, cache.like.device) != (like.dtype, like.device):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastppo.models.network import causal_lm
+from fastppo.models.seq2seq import decoder_prefix
 
 
 def encode(prompts: Sequence[Any], model: Any, tokenizer: Any) -> list[Tensor]:
@@ -66,11 +67,27 @@ def check(ids: Sequence[Tensor], limits: Sequence[int], model: Any) -> None:
     for number, (prompt, limit) in enumerate(zip(ids, limits, strict=True)):
         if not len(prompt):
             raise ValueError(f"prompt {number} is empty; it needs at least one token, such as the BOS token")
-        if context is not None and len(prompt) + limit > context:
+        room = room_for_prompt(model, limit)
+        if room is not None and len(prompt) > room:
             raise ValueError(
                 f"prompt {number} has {len(prompt)} tokens and may get {limit} new ones, but the model's context "
                 f"is {context}; shorten or drop the prompt, or lower max_new_tokens"
             )
+
+
+def room_for_prompt(model: Any, new_tokens: int) -> int | None:
+    """Return how many tokens a prompt may have that gets so many new ones, or None for no limit.
+
+    The new ones of an encoder-decoder are its decoder's alone. Raises ValueError if they do not fit that.
+    """
+    context, prefix = context_length(model), decoder_prefix(model)
+    if context is None or prefix is None:
+        return None if context is None else context - new_tokens
+    if len(prefix) + new_tokens > context:
+        raise ValueError(
+            f"max_new_tokens={new_tokens}, but the decoder has room for {context - len(prefix)}; lower max_new_tokens"
+        )
+    return context
 
 
 def context_length(model: Any) -> int | None:

@@ -13,7 +13,8 @@ from fastppo import ops
 from fastppo.engine import prompts
 from fastppo.models.attach import is_attached
 from fastppo.models.network import evaluating, language_head
-from fastppo.models.passes import length_groups, passing, response_hidden
+from fastppo.models.passes import passing, response_hidden, sample_groups
+from fastppo.models.seq2seq import decoder_prefix
 from fastppo.types import Samples, offsets_of
 
 
@@ -47,11 +48,12 @@ def score(
         labels=labels,
         ended=torch.zeros(len(lengths), dtype=torch.bool),
         temperature=temperature,
+        prefix=decoder_prefix(model),
     )
     head, value_head = language_head(model), getattr(model, "v_head", None)
     logprobs, entropies, values = torch.zeros(3, len(labels), device=labels.device).unbind()
     with evaluating(model), passing(model):
-        for group in length_groups(samples.lengths, len(samples), is_attached(model), max_tokens):
+        for group in sample_groups(samples, range(len(samples)), len(samples), is_attached(model), max_tokens):
             tokens = samples.take(group).to(labels.device)
             hidden = response_hidden(model, samples, group)
             stats = ops.linear_logprobs(

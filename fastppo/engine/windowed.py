@@ -65,10 +65,11 @@ class WindowDecoder:
     """One generate call: admit, decode, draw, until nobody is left."""
 
     tier = "B"
+    cache_type: type[WindowCache] = WindowCache
 
     def __init__(self, model: Any, requests: Requests, sampler: Sampler, max_rows: int):
         self.model, self.requests, self.sampler = model, requests, sampler
-        self.rows, self.cache = Rows(len(requests.prompts), max_rows), WindowCache()
+        self.rows, self.cache = Rows(len(requests.prompts), max_rows), self.cache_type()
         self.device = causal_lm(model).device
         self._counts = {"steps": 0, "prefill_tokens": 0, "decode_tokens": 0}
 
@@ -83,7 +84,7 @@ class WindowDecoder:
                 self.rows.waiting.remove(request)
             else:
                 self._leave(self.rows.occupants.index(request))
-        while self.rows.has_room:
+        while self._may_admit():
             self._admit()
         if self.rows.active:
             self._decode()
@@ -96,12 +97,15 @@ class WindowDecoder:
     def close(self, is_complete: bool) -> None:
         """Let go of the cache, of which nothing can be kept."""
         del is_complete
-        self.cache = WindowCache()
+        self.cache = self.cache_type()
 
     def metrics(self) -> dict[str, Any]:
         """Return what the call has cost so far."""
         rows = self._counts["decode_tokens"] / max(1, self._counts["steps"])
         return self._counts | {"tier": self.tier, "decoder": "modules", "mean_rows": rows}
+
+    def _may_admit(self) -> bool:
+        return self.rows.has_room
 
     def _admit(self) -> None:
         """Prefill waiting prompts, seat them in free rows, and draw their first tokens."""

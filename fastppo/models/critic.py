@@ -172,5 +172,6 @@ def load_critic(model: Any, source: str, **hub: Any) -> None:
         add_saved_adapter(model.pretrained_model, CRITIC, source, **hub)
         _train_adapter(model.pretrained_model)
     elif loading.find_file(source, "config.json", **hub) is not None:
-        network = loading.load_transformers(source, dtype=torch.float32, **hub)
+        options = {"dtype": torch.float32, "is_encoder_decoder": model.is_encoder_decoder, **hub}
+        network = loading.load_transformers(source, **options)
         model.critic = _whole_critic(network.to(model.device), causal_lm(model))

@@ -25,7 +25,10 @@ class Source:
 
 
 def load_base(source: Any, *model_args: Any, **kwargs: Any) -> Source:
-    """Load a model by name or path, or take a loaded one; add or continue an adapter. See `from_pretrained`."""
+    """Load a model by name or path, or take a loaded one; add or continue an adapter. See `from_pretrained`.
+
+    Whether it `is_encoder_decoder` is what its configuration says, where it is not given.
+    """
     meaning = kwargs.pop("int8_meaning", None)
     found = _load(source, *model_args, **kwargs)
     if meaning is not None:
@@ -94,15 +97,36 @@ def _check_peft_config(peft_config: Any) -> None:
         )
 
 
-def load_transformers(name: str, *model_args: Any, **kwargs: Any) -> Any:
-    """Load a causal language model, without a word on our own value head."""
-    from transformers import AutoModelForCausalLM
+def reads_with_encoder(name: str, **hub: Any) -> bool:
+    """Whether a model, or the base model of an adapter, is an encoder-decoder by its configuration."""
+    from transformers import AutoConfig
 
+    adapter = find_file(name, "adapter_config.json", **hub)
+    if adapter is not None:
+        with open(adapter, encoding="utf-8") as file:
+            return reads_with_encoder(json.load(file)["base_model_name_or_path"])
+    return bool(AutoConfig.from_pretrained(name, **hub).is_encoder_decoder)
+
+
+def load_transformers(name: str, *model_args: Any, is_encoder_decoder: bool | None = None, **kwargs: Any) -> Any:
+    """Load a language model, without a word on our own value head. Raises ValueError for one of the other kind."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    if is_encoder_decoder is None:
+        is_encoder_decoder = reads_with_encoder(name, **hub_arguments(kwargs))
+    kind: Any = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
     # The logger's name is that of transformers' module that reports on loading.
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_is_news)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, *model_args, **kwargs)
+        return kind.from_pretrained(name, *model_args, **kwargs)
+    except ValueError as error:
+        if not str(error).startswith("Unrecognized configuration class"):
+            raise
+        other = "Causal" if is_encoder_decoder else "Seq2Seq"
+        raise ValueError(
+            f"{name} is no model of the kind {kind.__name__}; load it with AutoModelFor{other}LMWithValueHead"
+        ) from error
     finally:
         logger.removeFilter(_is_news)
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,16 @@ def causal_lm(model: nn.Module) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model reads a query with an encoder, and its decoder writes the response."""
+    return bool(causal_lm(model).config.is_encoder_decoder)
+
+
 def body(model: nn.Module) -> Any:
     """Return the decoder without its head: input ids to hidden states."""
     inner = causal_lm(model)
+    if inner.config.is_encoder_decoder:
+        return inner.get_decoder()
     # Some models do not name their body by the prefix of their weights.
     network = getattr(inner, "model", inner) if inner.base_model is inner else inner.base_model
     # The decoders of encoder-decoder models lie in a wrapper that takes anything.
@@ -62,7 +70,7 @@ class LanguageHead:
 
 
 def language_head(model: nn.Module) -> LanguageHead:
-    """Take the head of a causal language model apart; call it anew after weights or adapters changed."""
+    """Take the head of a language model apart; call it anew after weights or adapters changed."""
     inner = causal_lm(model)
     module = inner.get_output_embeddings()
     if module is None:
@@ -71,7 +79,58 @@ def language_head(model: nn.Module) -> LanguageHead:
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
     weight, bias = _effective_linear(module)
+    if inner.config.is_encoder_decoder:
+        scale = _decoder_scale(inner)
+        offset = getattr(inner, "final_logits_bias", None)  # a buffer (1, V) of BART and its descendants
+        if offset is not None:
+            bias = offset[0].to(weight.dtype) if bias is None else bias + offset[0].to(bias.dtype)
     return LanguageHead(weight, bias, getattr(config, "final_logit_softcapping", None), scale / divisor)
+
+
+_decoder_scales: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+
+
+def _decoder_scale(inner: Any) -> float:
+    """Return what an encoder-decoder multiplies its last hidden states with before the head: 1 or H**-0.5.
+
+    T5 and some of its descendants do the latter where the head is tied to the embeddings, each with another switch for
+    it; so the model's own logits are asked, once.
+    """
+    if inner not in _decoder_scales:
+        with torch.no_grad(), evaluating(inner):
+            hidden, logits = own_outputs(inner, *_three_tokens(inner))
+            weight, bias = _effective_linear(inner.get_output_embeddings())
+            raw = torch.nn.functional.linear(hidden[0].to(weight.dtype), weight, bias).float()
+            offset = getattr(inner, "final_logits_bias", None)
+            known = 0.0 if offset is None else offset[0].float()
+            candidates = 1.0, float(weight.shape[1]) ** -0.5
+            errors = [float((logits[0].float() - known - scale * raw).abs().max()) for scale in candidates]
+        _decoder_scales[inner] = candidates[errors.index(min(errors))]
+    return _decoder_scales[inner]
+
+
+def _three_tokens(inner: Any) -> tuple[Tensor, Tensor | None]:
+    """Return three token ids (1, 3), and as many for the encoder if there is one."""
+    vocabulary = len(inner.get_output_embeddings().weight)
+    ids = torch.tensor([[1 % vocabulary, 2 % vocabulary, 3 % vocabulary]], device=inner.device)
+    return ids, ids if inner.config.is_encoder_decoder else None
+
+
+def own_outputs(model: nn.Module, ids: Tensor, source: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the last hidden states (B, T, H) and logits (B, T, V) of the model's own forward of ids (B, T).
+
+    `source` (B, L) is what an encoder reads; there is no padding.
+    """
+    inner = causal_lm(model)
+    if source is None:
+        return last_hidden(model, input_ids=ids, use_cache=False), inner(input_ids=ids, use_cache=False).logits
+    seen: list[Tensor] = []
+    handle = body(model).register_forward_hook(lambda _, __, output: seen.append(output[0]))
+    try:
+        logits = inner(input_ids=source, decoder_input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    return seen[0], logits
 
 
 def _effective_linear(module: Any) -> tuple[Tensor, Tensor | None]:
@@ -105,11 +164,9 @@ def _refuse_variants(module: Any, adapter: str) -> None:
 def verify_head(model: nn.Module) -> None:
     """Raise NotImplementedError unless body and head, taken apart, give the model's own logits."""
     inner = causal_lm(model)
-    vocabulary = language_head(model).weight.shape[0]
-    ids = torch.tensor([[1 % vocabulary, 2 % vocabulary, 3 % vocabulary]], device=inner.device)
     with evaluating(model):
-        expected = inner(input_ids=ids, use_cache=False).logits[0].float()
-        actual = language_head(model).logits(last_hidden(model, input_ids=ids, use_cache=False)[0], 1.0).float()
+        hidden, logits = own_outputs(model, *_three_tokens(inner))
+        expected, actual = logits[0].float(), language_head(model).logits(hidden[0], 1.0).float()
     error, size = float((expected - actual).abs().max()), float(expected.abs().max())
     if not error <= 1e-2 * max(1.0, size):
         raise NotImplementedError(
@@ -156,7 +213,7 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
         (layer, name, value)
         for layer in layers
         for name, value in vars(layer).items()
-        if "dropout" in name and isinstance(value, float)
+        if "drop" in name and isinstance(value, float)  # also BART's layerdrop, which leaves out whole layers
     ]
     functions = [(layer, layer._gradient_checkpointing_func) for layer in layers]
     try:

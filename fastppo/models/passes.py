@@ -1,7 +1,8 @@
 """Forward passes over samples of different lengths: packed into one row, or grouped by length and padded on the right.
 
 Packed, there is no padding at all, and attention knows where each sample begins. Right padding under a causal mask
-never reaches a real token. The rows that no loss reads never reach the head.
+never reaches a real token. The rows that no loss reads never reach the head. Encoder and decoder of a model that has
+both are padded each for itself, and a group has samples that are alike in both lengths.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fastppo.models import probe
 from fastppo.models.attach import attached, is_attached, packed_hidden, pinned_rope
 from fastppo.models.exact import NOT_EXACT, exact_linears
 from fastppo.models.network import causal_lm, last_hidden
+from fastppo.models.seq2seq import decoded
 from fastppo.ops.attention import has_kernels
 from fastppo.ops.backends import kind_of
 from fastppo.ops.matmul import is_row_invariant
@@ -40,20 +42,43 @@ def length_groups(
 
     A group has at most `max_tokens` tokens, padding included, unless one sample alone has more.
     """
+    return _grouped([(length,) for length in lengths], max_size, is_packed, max_tokens)
+
+
+def sample_groups(
+    samples: Samples, rows: Sequence[int], max_size: int, is_packed: bool, max_tokens: int | None
+) -> list[list[int]]:
+    """Return the samples `rows` in groups for one forward pass each; see `length_groups`."""
+    found = _grouped([samples.extents(row) for row in rows], max_size, is_packed, max_tokens)
+    return [[rows[i] for i in group] for group in found]
+
+
+def _grouped(
+    extents: Sequence[tuple[int, ...]], max_size: int, is_packed: bool, max_tokens: int | None
+) -> list[list[int]]:
+    """Group samples by their tokens in each network that they pass through, to whose longest they are padded there.
+
+    Neighbours in the order of the first network's tokens, the encoder's, come together.
+    """
     groups: list[list[int]] = []
-    real = 0
-    for number in range(len(lengths)) if is_packed else sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    real, longest = 0, extents[0] if extents else ()
+    sizes = [sum(extent) for extent in extents]
+
+    def descending(number: int) -> tuple[int, ...]:
+        return (*(-tokens for tokens in extents[number]), number)
+
+    for number in range(len(sizes)) if is_packed else sorted(range(len(sizes)), key=descending):
         if groups:
             group = groups[-1]
-            tokens = real + lengths[number]
-            padding = 0 if is_packed else lengths[group[0]] * (len(group) + 1) - tokens
+            tokens, widest = real + sizes[number], tuple(map(max, longest, extents[number]))
+            padding = 0 if is_packed else sum(widest) * (len(group) + 1) - tokens
             fits = len(group) < max_size and (max_tokens is None or tokens + padding <= max_tokens)
             if fits and padding <= max(_FREE_PADDING_TOKENS, _PADDING_SHARE * tokens):
                 group.append(number)
-                real = tokens
+                real, longest = tokens, widest
                 continue
         groups.append([number])
-        real = lengths[number]
+        real, longest = sizes[number], extents[number]
     return groups
 
 
@@ -89,16 +114,23 @@ def response_hidden(model: nn.Module, samples: Samples, group: Sequence[int]) ->
     The order is that of `samples.take(group)`.
     """
     device = next(model.parameters()).device
-    sequences = [torch.cat([samples.queries[i], samples.responses[i]]) for i in group]
+    if samples.prefix is not None:  # the last token of a response predicts nothing
+        prefix = samples.prefix.to(device)
+        sequences = [torch.cat([prefix, samples.responses[i][:-1]]) for i in group]
+    else:
+        sequences = [torch.cat([samples.queries[i], samples.responses[i]]) for i in group]
     lengths = [len(sequence) for sequence in sequences]
-    if is_attached(model):
+    if samples.prefix is not None:
+        starts = torch.arange(len(group)) * max(lengths)
+        hidden = decoded(model, [samples.queries[i] for i in group], sequences).flatten(0, 1)
+    elif is_attached(model):
         starts = offsets_of(lengths)[:-1]
         hidden = packed_hidden(model, sequences)
     else:
         starts = torch.arange(len(group)) * max(lengths)
         ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(device)
         hidden = last_hidden(model, input_ids=ids, use_cache=False).flatten(0, 1)
-    starts = starts + torch.tensor([len(samples.queries[i]) - 1 for i in group])
+    starts = starts + torch.tensor([samples.start(i) - 1 for i in group])
     counts = samples.offsets.diff()[list(group)]
     rows = samples.positions[samples.take(group)] + torch.repeat_interleave(starts, counts)
     return hidden[rows.to(device)]

@@ -17,12 +17,19 @@ from torch import Tensor, nn
 
 from fastppo.attention import LayerCache, LayerShape, Paged, attending
 from fastppo.models.attach import attached, packed_hidden, pinned_rope
-from fastppo.models.network import causal_lm, evaluating, language_head, last_hidden, short_windows
+from fastppo.models.network import (
+    causal_lm,
+    evaluating,
+    is_encoder_decoder,
+    language_head,
+    last_hidden,
+    short_windows,
+)
+from fastppo.models.probe_runs import alone, embeddings, own_hidden, random_sequences, sources_of
+from fastppo.models.seq2seq import decoded
 from fastppo.reference_attention import BLOCK
 
-# Three sequences that begin and end in different blocks of the cache, and are longer than the window below.
-_LENGTHS = (13, 22, 37)
-_WINDOW = 8
+_WINDOW = 8  # shorter than the sequences
 _SMALL = 4096  # numbers in a parameter whose gradient is compared
 # How far log-probs may differ: so many times what one rounding of the embeddings or another batch does to them, at
 # least and at most so much. Sums in another order have moved them about as far as that rounding does, or less; lost
@@ -47,6 +54,8 @@ class Verdict:
         return not self.reason
 
 
+# fastppo's attention is causal and over one sequence, which an encoder's and cross-attention are not.
+_TWO_NETWORKS = Verdict(reason="it has an encoder and a decoder")
 _verdicts: WeakKeyDictionary[nn.Module, dict[Any, Verdict]] = WeakKeyDictionary()
 
 Run = Callable[[nn.Module, Sequence[Tensor]], Sequence[Tensor]]
@@ -93,7 +102,7 @@ def _remembered(model: nn.Module, name: str, compare: Callable[[], Verdict]) -> 
 
 def _compare(model: nn.Module, run: Run) -> Verdict:
     sequences = random_sequences(model)
-    own = _alone(model, sequences)
+    own = alone(model, sequences)
     noise = _noise(model, sequences, own)
     if noise != noise:
         raise FloatingPointError(
@@ -114,24 +123,21 @@ def _compare(model: nn.Module, run: Run) -> Verdict:
     return Verdict(worst, bound)
 
 
-def _alone(model: nn.Module, sequences: Sequence[Tensor]) -> list[Tensor]:
-    return [last_hidden(model, input_ids=ids[None], use_cache=False)[0] for ids in sequences]
-
-
 def _noise(model: nn.Module, sequences: Sequence[Tensor], own: Sequence[Tensor]) -> float:
     """Return how far the model's own log-probs move in a larger batch, or with embeddings off by one rounding."""
-    repeated = last_hidden(model, input_ids=sequences[-1].repeat(3, 1), use_cache=False)[0]
+    repeated = own_hidden(model, sequences[-1].repeat(3, 1), sources_of(sequences)[-1].repeat(3, 1))[0]
     generator = torch.Generator().manual_seed(3)
 
     def perturb(_: Any, __: Any, output: Tensor) -> Tensor:
         signs = torch.randn(output.shape, generator=generator).sign().to(output)
         return output * (1 + torch.finfo(output.dtype).eps * signs)
 
-    handle = causal_lm(model).get_input_embeddings().register_forward_hook(perturb)
+    handles = [table.register_forward_hook(perturb) for table in embeddings(model)]
     try:
-        perturbed = _alone(model, sequences)
+        perturbed = alone(model, sequences)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return _difference(model, [repeated, *perturbed], [own[-1], *own])
 
 
@@ -143,7 +149,7 @@ def _difference(model: nn.Module, hidden: Sequence[Tensor], own: Sequence[Tensor
 
 def _compare_gradients(model: nn.Module) -> Verdict:
     sequences = random_sequences(model)
-    own = _gradients(model, lambda: torch.cat(_alone(model, sequences)))
+    own = _gradients(model, lambda: torch.cat(alone(model, sequences)))
     try:
         with attached(model):
             ours = _gradients(model, lambda: packed_hidden(model, sequences))
@@ -182,19 +188,6 @@ def _gradients(model: nn.Module, forward: Callable[[], Tensor]) -> list[Tensor]:
     return [embeddings, *grads[len(captured) :]]
 
 
-def random_sequences(model: nn.Module) -> list[Tensor]:
-    """Return three sequences of random token ids, which fit the model's context."""
-    inner = causal_lm(model)
-    config = inner.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or max(_LENGTHS)
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = len(inner.get_input_embeddings().weight)
-    lengths = [max(2, min(length, length * context // max(_LENGTHS))) for length in _LENGTHS]
-    # Not from the ends of the vocabulary, where padding is, of which transformers warns.
-    middle = vocabulary // 4, max(vocabulary // 2, vocabulary // 4 + 1)
-    return [torch.randint(*middle, (n,), generator=generator).to(inner.device) for n in lengths]
-
-
 def _logprobs(model: nn.Module, hidden: Tensor) -> Tensor:
     if causal_lm(model).get_output_embeddings() is None:
         return hidden.float()
@@ -204,11 +197,15 @@ def _logprobs(model: nn.Module, hidden: Tensor) -> Tensor:
 
 def paged(model: nn.Module) -> Verdict:
     """Say whether the model can decode on the paged cache: chunked prefill, staggered joins, blocks in any order."""
+    if is_encoder_decoder(model):
+        return _TWO_NETWORKS
     return verdict(model, "paged", _paged)
 
 
 def packed(model: nn.Module) -> Verdict:
     """Say whether whole sequences can lie side by side in one row."""
+    if is_encoder_decoder(model):
+        return _TWO_NETWORKS
     return verdict(model, "packed", _packed)
 
 
@@ -228,8 +225,11 @@ def _packed(model: nn.Module, sequences: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _padded(model: nn.Module, sequences: Sequence[Tensor]) -> list[Tensor]:
-    ids = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
-    hidden = last_hidden(model, input_ids=ids, use_cache=False)
+    if is_encoder_decoder(model):
+        hidden = decoded(model, sources_of(sequences), sequences)
+    else:
+        ids = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+        hidden = last_hidden(model, input_ids=ids, use_cache=False)
     return [row[: len(sequence)] for row, sequence in zip(hidden, sequences, strict=True)]
 
 

@@ -12,7 +12,13 @@ from torch import nn
 from fastppo.models.adapters import adapter_parameters, add_adapter, copy_adapter, using_adapter, without_adapters
 from fastppo.models.loading import adopt_quantised
 
-_PATTERNS = ("transformer.h.{layer}", "model.decoder.layers.{layer}", "gpt_neox.layers.{layer}", "model.layers.{layer}")
+_PATTERNS = (
+    "transformer.h.{layer}",
+    "model.decoder.layers.{layer}",
+    "gpt_neox.layers.{layer}",
+    "model.layers.{layer}",
+    "decoder.block.{layer}",  # T5's; of an encoder-decoder the whole encoder lies below it
+)
 REFERENCE_ADAPTER = "fastppo_reference"
 
 

@@ -1,9 +1,9 @@
-"""A causal language model with a scalar value head, under TRL's names and in TRL's checkpoint layout."""
+"""Language models with a scalar value head, under TRL's names and in TRL's checkpoint layout."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -13,6 +13,9 @@ from fastppo.atomic import atomic_files
 from fastppo.models import loading
 from fastppo.models.critic import load_critic, save_critic
 from fastppo.models.reward_adapter import load_reward_adapter, reward_scores
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # Python 3.10 has it not
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -24,7 +27,7 @@ class ValueHead(nn.Module):
         super().__init__()
         probability = getattr(config, "summary_dropout_prob", summary_dropout_prob)
         self.dropout = nn.Dropout(probability) if probability else nn.Identity()
-        text = config.get_text_config()
+        text = config.get_text_config(decoder=True)
         size = getattr(text, "word_embed_proj_dim", None) or text.hidden_size
         self.summary = nn.Linear(size, 1, dtype=torch.float32)
         if kwargs.get("v_head_init_strategy") == "normal":
@@ -46,25 +49,24 @@ class ValueHead(nn.Module):
         return super()._apply(kept_wide, recurse)
 
 
-class AutoModelForCausalLMWithValueHead(nn.Module):
-    """A causal language model and a value head on its last hidden state.
-
-    `from_pretrained` takes a hub name, a path, a transformers model or a PEFT model. `critic` is a second network for
-    the value head to read, or None; `score` is the score head (H -> labels) of a reward adapter, or None.
-    """
+class PreTrainedModelWrapper(nn.Module):
+    """What the two kinds of language models with a value head have in common."""
 
     supported_args = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
-    is_encoder_decoder = False
+    is_encoder_decoder: bool
 
     def __init__(self, pretrained_model: Any, **kwargs: Any):
         super().__init__()
         unknown = sorted(set(kwargs) - set(self.supported_args))
         if unknown:
             raise TypeError(f"unknown arguments {unknown}; expected some of {list(self.supported_args)}")
+        name = type(pretrained_model).__name__
         if pretrained_model.get_output_embeddings() is None:
-            raise ValueError(
-                f"{type(pretrained_model).__name__} has no language-model head; load an AutoModelForCausalLM"
-            )
+            kind = "Seq2Seq" if self.is_encoder_decoder else "Causal"
+            raise ValueError(f"{name} has no language-model head; load an AutoModelFor{kind}LM")
+        if pretrained_model.config.is_encoder_decoder != self.is_encoder_decoder:
+            found = ("no encoder", "Causal") if self.is_encoder_decoder else ("an encoder", "Seq2Seq")
+            raise ValueError(f"{name} has {found[0]}; wrap it with AutoModelFor{found[1]}LMWithValueHead")
         self.pretrained_model = pretrained_model
         self.config = pretrained_model.config
         self.is_peft_model = hasattr(pretrained_model, "peft_config")
@@ -75,17 +77,15 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         self.reward_adapter_name: str | None = None
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
-    ) -> AutoModelForCausalLMWithValueHead:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Self:
         """Load a model and, where the checkpoint has one, its value head; otherwise the head starts at random.
 
         Args:
             pretrained_model_name_or_path: hub name, directory (of a model or of an adapter), or a model.
             peft_config: a PEFT config; adds a fresh adapter and freezes the rest.
             is_trainable: whether an adapter found in the checkpoint is trained further (default True).
-            reward_adapter: directory or hub name of a PEFT sequence-classification adapter for the same base; see
-                `compute_reward_score`.
+            reward_adapter: directory or hub name of a PEFT sequence-classification adapter for the same base, which is
+                a causal model; see `compute_reward_score`.
             reward_adapter_name: what it is called here (default "reward_model_adapter").
             summary_dropout_prob, v_head_initializer_range, v_head_init_strategy: the value head's.
             int8_meaning: what 8-bit layers compute: "weight_only" (the default) leaves activations as they are,
@@ -98,7 +98,13 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         """
         head_kwargs = {name: kwargs.pop(name) for name in cls.supported_args if name in kwargs}
         reward_adapter = kwargs.pop("reward_adapter", None)
+        if reward_adapter is not None and cls.is_encoder_decoder:
+            raise ValueError(
+                f"reward_adapter={reward_adapter!r} scores a text as a causal model reads it, which an encoder-decoder "
+                "does not; pass the reward model to train(...) as the reward"
+            )
         reward_adapter_name = kwargs.pop("reward_adapter_name", "reward_model_adapter")
+        kwargs["is_encoder_decoder"] = cls.is_encoder_decoder
         source = loading.load_base(pretrained_model_name_or_path, *model_args, **kwargs)
         model = cls(source.model, **head_kwargs)
         hub = loading.hub_arguments(kwargs)
@@ -110,38 +116,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             load_reward_adapter(model, os.fspath(reward_adapter), reward_adapter_name, **place)
         return model
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
-        return_past_key_values: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Any, ...]:
-        """Return (logits (B, L, V) in fp32, loss or None, values (B, L)), and past key values if asked for."""
-        output = self.pretrained_model(
-            input_ids=input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            output_hidden_states=True,
-            **_places(attention_mask, kwargs),
-        )
-        values = self.v_head(output.hidden_states[-1]).squeeze(-1)
-        result = (output.logits.float(), output.loss, values)
-        return (*result, output.past_key_values) if return_past_key_values else result
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call transformers' own `generate`; `fastppo.Engine` is the fast way."""
         return self.pretrained_model.generate(*args, **kwargs)
-
-    def compute_reward_score(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Return the reward adapter's scores (B, L, labels), fp32, at every token of input_ids (B, L).
-
-        A text's score is that of its last token. No gradient; adapters, flags and training mode stay as they were.
-        Raises ValueError without a reward adapter.
-        """
-        kwargs.pop("ppo_adapter_name", None)  # TRL's; the adapter that was on is on again afterwards
-        return reward_scores(self, input_ids, attention_mask, **_places(attention_mask, kwargs))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the model's tensors under the names that they have without the head, and `v_head.summary.*`.
@@ -210,6 +187,79 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         """The device of the model's weights."""
         device: torch.device = self.pretrained_model.device
         return device
+
+
+class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
+    """A causal language model and a value head on its last hidden state.
+
+    `from_pretrained` takes a hub name, a path, a transformers model or a PEFT model. `critic` is a second network for
+    the value head to read, or None; `score` is the score head (H -> labels) of a reward adapter, or None.
+    """
+
+    is_encoder_decoder = False
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        return_past_key_values: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """Return (logits (B, L, V) in fp32, loss or None, values (B, L)), and past key values if asked for."""
+        output = self.pretrained_model(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            output_hidden_states=True,
+            **_places(attention_mask, kwargs),
+        )
+        values = self.v_head(output.hidden_states[-1]).squeeze(-1)
+        result = (output.logits.float(), output.loss, values)
+        return (*result, output.past_key_values) if return_past_key_values else result
+
+    def compute_reward_score(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Return the reward adapter's scores (B, L, labels), fp32, at every token of input_ids (B, L).
+
+        A text's score is that of its last token. No gradient; adapters, flags and training mode stay as they were.
+        Raises ValueError without a reward adapter.
+        """
+        kwargs.pop("ppo_adapter_name", None)  # TRL's; the adapter that was on is on again afterwards
+        return reward_scores(self, input_ids, attention_mask, **_places(attention_mask, kwargs))
+
+
+class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
+    """An encoder-decoder, such as T5 or BART, and a value head on its decoder's last hidden state.
+
+    `from_pretrained` takes a hub name, a path, a transformers model or a PEFT model. `critic` is a second network for
+    the value head to read, or None. A reward adapter is not for such a model, for it scores a text as a decoder alone
+    reads it: use a reward model of its own.
+    """
+
+    is_encoder_decoder = True
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        return_past_key_values: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """Return (logits (B, T, V) in fp32, loss or None, values (B, T)), and past key values if asked for.
+
+        T are the tokens of the decoder, from decoder_input_ids or labels among `kwargs`, input_ids the encoder's.
+        """
+        output = self.pretrained_model(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            output_hidden_states=True,
+            **kwargs,
+        )
+        values = self.v_head(output.decoder_hidden_states[-1]).squeeze(-1)
+        result = (output.logits.float(), output.loss, values)
+        return (*result, output.past_key_values) if return_past_key_values else result
 
 
 def _checkpointing_method(network: Any, action: str) -> Any:

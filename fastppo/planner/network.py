@@ -16,7 +16,7 @@ from fastppo.models import fusions, probe
 from fastppo.models.adapters import without_adapters
 from fastppo.models.attach import batch_dependent_rotaries
 from fastppo.models.critic import CRITIC, attach_critic
-from fastppo.models.network import causal_lm, to_bf16
+from fastppo.models.network import causal_lm, is_encoder_decoder, to_bf16
 from fastppo.models.probe import Verdict
 from fastppo.models.reference import create_reference_model
 from fastppo.models.value_head import AutoModelForCausalLMWithValueHead
@@ -90,6 +90,8 @@ def build(config: Any, weights: Weights, settings: PPOConfig) -> Network:
     Raises ValueError and NotImplementedError.
     """
     weights.check()
+    if config.is_encoder_decoder:
+        raise NotImplementedError(f"{config.model_type} has an encoder and a decoder, which cannot be planned yet")
     inner = _from_config(copy.deepcopy(config), weights)
     if weights.bits is not None:
         quantise(inner, weights.bits)
@@ -129,7 +131,12 @@ def _with_lora(model: Any, weights: Weights) -> Any:
 
 
 def twin(model: Any, reference: Any) -> Network:
-    """Return a network like a policy and its reference (None: the same weights) in memory, sharing what they share."""
+    """Return a network like a policy and its reference (None: the same weights) in memory, sharing what they share.
+
+    Raises NotImplementedError for an encoder-decoder.
+    """
+    if is_encoder_decoder(model):
+        raise NotImplementedError("a model with an encoder and a decoder cannot be planned yet")
     memo: dict[int, Any] = {}
     for module in [*model.modules(), *(() if reference is None else reference.modules())]:
         bits = _BITS.get(type(module._parameters.get("weight")).__name__)

@@ -11,7 +11,7 @@ from fastppo import ops
 from fastppo.models.attach import is_attached
 from fastppo.models.critic import critic_pass, critic_values
 from fastppo.models.network import evaluating, language_head
-from fastppo.models.passes import length_groups, pass_tokens, passing, response_hidden
+from fastppo.models.passes import pass_tokens, passing, response_hidden, sample_groups
 from fastppo.models.reference import Reference
 from fastppo.types import Evaluation, Rollout, Samples
 
@@ -38,7 +38,7 @@ def evaluate(
         index = recorded_tokens(samples, rollout).to(device)
         logprobs, values = rollout.logprobs[index], rollout.values[index]
     with evaluating(model), passing(model):
-        for group in length_groups(samples.lengths, max_size, is_attached(model), pass_tokens(device)):
+        for group in sample_groups(samples, range(len(samples)), max_size, is_attached(model), pass_tokens(device)):
             tokens = samples.take(group).to(device)
             hidden = response_hidden(model, samples, group) if rollout is None or exact_kl else None
             if rollout is None and hidden is not None:

@@ -31,13 +31,14 @@ def generate(
     sampler = options["length_sampler"]
     limits = [sampler() for _ in queries] if sampler is not None else None
     rollout = trainer.engine.generate(queries, sampling, max_new_tokens=limits)
-    result = _as_asked(rollout, is_single, options["return_prompt"])
+    return_prompt = options["return_prompt"] and not trainer.is_encoder_decoder
+    result = _as_asked(rollout, is_single, return_prompt)
     if not with_reference:
         return result
     with trainer.reference.active() as network:
         engine = Engine(network, trainer.tokenizer, seed=trainer.config.seed)
         answers = engine.generate(queries, sampling, max_new_tokens=limits)
-    return result, _as_asked(answers, is_single, options["return_prompt"])
+    return result, _as_asked(answers, is_single, return_prompt)
 
 
 def warn_of_truncation(sampling: SamplingConfig) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from fastppo import ppo
 from fastppo.config import SamplingConfig
+from fastppo.models.seq2seq import decoder_prefix
 from fastppo.rewards import Reward
 from fastppo.trainers.evaluate import evaluate
 from fastppo.trainers.prompts import Prompts, texts
@@ -54,6 +55,7 @@ def measure(trainer: Any, prompts: Prompts, reward: Reward, sampling: SamplingCo
         None,
         vocabulary=2**62,
         context=None,
+        prefix=decoder_prefix(trainer.model),
         end_ids=(),
         temperature=rollout.temperature,
         device=trainer.current_device,

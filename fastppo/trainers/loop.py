@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastppo.atomic import Pathlike
 from fastppo.config import SamplingConfig
-from fastppo.engine.prompts import context_length
+from fastppo.engine.prompts import room_for_prompt
 from fastppo.monitor import RunFolder
 from fastppo.rewards import Reward, RewardPolicy
 from fastppo.trainers import setup
@@ -138,9 +138,8 @@ def _prepare(trainer: Any, prompts: Any, reward: Any, config: LoopConfig, genera
     """Check everything that can be checked before the first token is generated."""
     missing = Missing(config.reward_min_valid, trainer.config.max_skipped_steps)
     sampling = SamplingConfig.from_generation_kwargs(**generation_kwargs)
-    context = context_length(trainer.model)
     options: dict[str, Any] = {
-        "room": None if context is None else context - sampling.max_new_tokens,
+        "room": room_for_prompt(trainer.model, sampling.max_new_tokens),
         "overlong": trainer.config.overlong_prompts,
         "column": config.query_column,
     }

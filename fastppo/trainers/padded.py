@@ -1,4 +1,5 @@
 """TRL's padded layout at the edge: (B, L - 1) tensors, where column i scores token i + 1 of query and response.
+Of an encoder-decoder it is token i + 1 of the decoder's sequence.
 
 Used for array statistics, for subclasses that override TRL's methods, and for compat="trl-0.7".
 """
@@ -17,13 +18,14 @@ from fastppo.types import Samples, offsets_of
 
 def columns_of(samples: Samples) -> Tensor:
     """Return the column (T,) of each trainable token."""
-    starts = torch.tensor([len(query) - 1 for query in samples.queries])
+    starts = torch.tensor([samples.start(row) - 1 for row in range(len(samples))])
     return samples.positions + torch.repeat_interleave(starts, samples.offsets.diff())
 
 
 def to_padded(samples: Samples, flat: Tensor, fill: float) -> Tensor:
     """Spread a flat (T,) tensor over (B, L - 1), `fill` elsewhere, on the device of `flat`."""
-    padded = flat.new_full((len(samples), max(samples.lengths) - 1), fill)
+    longest = max(samples.start(row) + len(response) for row, response in enumerate(samples.responses))
+    padded = flat.new_full((len(samples), longest - 1), fill)
     rows = torch.repeat_interleave(torch.arange(len(samples)), samples.offsets.diff())
     padded[rows, columns_of(samples)] = flat
     return padded

@@ -14,11 +14,10 @@ from fastppo.atomic import Pathlike
 from fastppo.config import PPOConfig
 from fastppo.core import flatten_dict, set_seed
 from fastppo.engine.engine import Engine
-from fastppo.engine.prompts import context_length
 from fastppo.engine.stopping import end_ids
 from fastppo.models.adapters import without_adapters
 from fastppo.models.critic import attach_critic
-from fastppo.models.network import causal_lm, language_head, to_bf16, verify_head
+from fastppo.models.network import causal_lm, to_bf16, verify_head
 from fastppo.models.reference import Reference
 from fastppo.models.storages import MemoryReport
 from fastppo.ops.matmul import row_invariant
@@ -28,7 +27,7 @@ from fastppo.trainers.conclude import conclude
 from fastppo.trainers.evaluate import evaluate
 from fastppo.trainers.memory import memory_report
 from fastppo.trainers.records import Records, is_current
-from fastppo.trainers.samples import check_counts, check_samples
+from fastppo.trainers.samples import check_counts, check_samples, limits
 from fastppo.trainers.update import optimise
 from fastppo.types import Evaluation, Experience, Rollout, Samples
 
@@ -81,8 +80,8 @@ class PPOTrainer:
         if self.config.bf16:
             to_bf16(self.model)
         verify_head(self.model)
-        self.is_encoder_decoder, self.is_peft_model = False, model.is_peft_model
-        self.config.is_encoder_decoder, self.config.is_peft_model = False, self.is_peft_model
+        self.is_encoder_decoder, self.is_peft_model = model.is_encoder_decoder, model.is_peft_model
+        self.config.is_encoder_decoder, self.config.is_peft_model = self.is_encoder_decoder, self.is_peft_model
         self.reference = Reference(self.model, ref_model, num_shared_layers)
         self.ref_model = self.reference.ref_model
         if self.ref_model is not None:
@@ -117,7 +116,8 @@ class PPOTrainer:
             generation_kwargs: transformers' generation arguments, or those of `SamplingConfig`.
 
         Returns:
-            For a list without prompts a `Rollout`, whose records spare `step` a forward pass; else tensors.
+            For a list without prompts a `Rollout`, whose records spare `step` a forward pass; else tensors. What an
+            encoder reads is never put before a response.
         """
         del batch_size
         kwargs = {"length_sampler": length_sampler, "return_prompt": return_prompt}
@@ -136,7 +136,8 @@ class PPOTrainer:
 
         Args:
             queries, responses: 1-D int64 tensors. A `Rollout` drawn under the current weights brings its log-probs
-                and values along; for any other list they are computed.
+                and values along; for any other list they are computed. Responses of an encoder-decoder begin after
+                the decoder's start token.
             scores: one number per response; None or NaN leaves a response out.
             response_masks: 1 on the response tokens that are trained on.
 
@@ -178,8 +179,7 @@ class PPOTrainer:
             responses,
             parsed,
             masks,
-            vocabulary=len(language_head(self.model).weight),
-            context=context_length(self.model),
+            **limits(self.model),
             end_ids=self.stop_ids,
             temperature=1.0 if self.config.is_compat else temperature,
             device=self.current_device,

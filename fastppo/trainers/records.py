@@ -14,7 +14,7 @@ from fastppo.config import PPOConfig
 from fastppo.engine.agreement import Agreement, agreement, importance_weights, rows_to_rescore
 from fastppo.models.attach import is_attached
 from fastppo.models.network import evaluating, weight_version
-from fastppo.models.passes import length_groups, pass_tokens, passing, response_hidden
+from fastppo.models.passes import pass_tokens, passing, response_hidden, sample_groups
 from fastppo.trainers.evaluate import recorded_tokens, token_logprobs
 from fastppo.types import Evaluation, Rollout, Samples
 
@@ -71,10 +71,9 @@ def _rescore(model: Any, samples: Samples, rows: list[int], size: int) -> Tensor
     logprobs = torch.zeros(len(samples.labels), device=samples.labels.device)
     limit = pass_tokens(logprobs.device)
     with evaluating(model), passing(model):
-        for group in length_groups([samples.lengths[row] for row in rows], size, is_attached(model), limit):
-            chosen = [rows[i] for i in group]
-            tokens = samples.take(chosen).to(logprobs.device)
-            logprobs[tokens] = token_logprobs(model, response_hidden(model, samples, chosen), samples, tokens)
+        for group in sample_groups(samples, rows, size, is_attached(model), limit):
+            tokens = samples.take(group).to(logprobs.device)
+            logprobs[tokens] = token_logprobs(model, response_hidden(model, samples, group), samples, tokens)
     return logprobs[samples.take(rows).to(logprobs.device)]
 
 

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastppo.engine.prompts import context_length
+from fastppo.models.network import causal_lm, language_head
+from fastppo.models.seq2seq import decoder_prefix
 from fastppo.rewards import is_listed
 from fastppo.types import Rollout, Samples, offsets_of
 
@@ -23,6 +26,16 @@ def check_counts(batch_size: int, **lists: Any) -> None:
             raise ValueError(f"got {count} {name}, but PPOConfig.batch_size is {batch_size}; pass a whole batch")
 
 
+def limits(model: Any) -> dict[str, Any]:
+    """Return what `check_samples` must know of a model: its vocabularies, its context and its decoder's prefix."""
+    return {
+        "vocabulary": len(language_head(model).weight),
+        "prompt_vocabulary": len(causal_lm(model).get_input_embeddings().weight),
+        "context": context_length(model),
+        "prefix": decoder_prefix(model),
+    }
+
+
 def check_samples(
     queries: Sequence[Tensor],
     responses: Sequence[Tensor] | Rollout,
@@ -34,17 +47,18 @@ def check_samples(
     end_ids: Collection[int],
     temperature: float,
     device: torch.device,
+    prompt_vocabulary: int | None = None,
+    prefix: Tensor | None = None,
 ) -> Samples:
     """Return the samples that take part in the update, on `device`.
+
+    Of an encoder-decoder `prefix` is what its decoder begins with; its prompts may have a vocabulary of their own.
 
     Left out, with a warning that counts them: responses without a score, empty ones, and those whose mask is all
     zero. A `Rollout` knows which of its responses ended by themselves; in any other list it is those that end in one of
     `end_ids`. Raises ValueError for anything that cannot be meant, and if nothing is left.
     """
-    if len(queries) != len(responses):
-        raise ValueError(f"got {len(queries)} queries and {len(responses)} responses; give one response per query")
-    for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
-        _check_pair(i, query, response, vocabulary, context)
+    _check_pairs(queries, responses, (prompt_vocabulary or vocabulary, vocabulary), context, prefix)
     masks = _check_masks(responses, masks)
     rows = [i for i in range(len(queries)) if bool(masks[i].any()) and not bool(scores[i].isnan())]
     _warn_of_dropped(scores, masks)
@@ -60,6 +74,7 @@ def check_samples(
         labels=torch.cat([response[p.to(device)] for response, p in zip(kept, positions, strict=True)]),
         ended=_ended(responses, rows, end_ids),
         temperature=temperature,
+        prefix=prefix,
     )
 
 
@@ -88,12 +103,45 @@ def _check_masks(responses: Any, masks: Any) -> list[Tensor]:
     return [mask.bool().cpu() for mask in masks]
 
 
-def _check_pair(i: int, query: Any, response: Any, vocabulary: int, context: int | None) -> None:
-    _check_tokens(f"query {i}", query, vocabulary)
-    _check_tokens(f"response {i}", response, vocabulary)
+def _check_pairs(
+    queries: Sequence[Any],
+    responses: Sequence[Any],
+    vocabularies: tuple[int, int],
+    context: int | None,
+    prefix: Tensor | None,
+) -> None:
+    if len(queries) != len(responses):
+        raise ValueError(f"got {len(queries)} queries and {len(responses)} responses; give one response per query")
+    for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
+        _check_tokens(f"query {i}", query, vocabularies[0])
+        _check_tokens(f"response {i}", response, vocabularies[1])
+        _check_room(i, query, response, prefix, context)
+    if prefix is not None and not isinstance(responses, Rollout):
+        _check_starts(responses, int(prefix[0]))
+
+
+def _check_starts(responses: Any, start: int) -> None:
+    """Refuse responses as transformers' `generate` returns them: all with the decoder's start token in front."""
+    if all(len(response) > 1 and int(response[0]) == start for response in responses):
+        raise ValueError(
+            f"every response begins with {start}, the decoder's start token, which the model did not choose; pass "
+            "response[1:], or what PPOTrainer.generate returns"
+        )
+
+
+def _check_room(i: int, query: Tensor, response: Tensor, prefix: Tensor | None, context: int | None) -> None:
     if not len(query):
         raise ValueError(f"query {i} is empty; it needs at least one token, such as the BOS token")
-    if context is not None and len(query) + len(response) > context:
+    if context is None:
+        return
+    if prefix is not None:
+        longest = max(len(query), len(prefix) + len(response))
+        if longest > context:
+            raise ValueError(
+                f"query {i} and its response have {len(query)} and {len(prefix)} + {len(response)} tokens, but encoder "
+                f"and decoder have room for {context} each; drop the sample, or shorten the query or the response"
+            )
+    elif len(query) + len(response) > context:
         raise ValueError(
             f"query {i} and its response have {len(query)} + {len(response)} tokens, but the model's context is "
             f"{context}; drop the sample, or shorten the query or the response"

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from fastppo.config import PPOConfig
 from fastppo.models.critic import critic_parameters
-from fastppo.models.value_head import AutoModelForCausalLMWithValueHead
+from fastppo.models.value_head import PreTrainedModelWrapper
 from fastppo.trainers.compact import make_compact_adamw
 from fastppo.trainers.masters import MasterAdam
 
@@ -43,10 +43,16 @@ def check_arguments(
 
     if not isinstance(config, PPOConfig):
         raise ValueError(f"config must be a PPOConfig, got {type(config).__name__}")
-    if not isinstance(model, AutoModelForCausalLMWithValueHead):
+    if not isinstance(model, PreTrainedModelWrapper):
         raise ValueError(
             f"model must be an AutoModelForCausalLMWithValueHead, got {type(model).__name__}; "
-            "wrap it with AutoModelForCausalLMWithValueHead.from_pretrained(model)"
+            "wrap it with AutoModelForCausalLMWithValueHead.from_pretrained(model), or an encoder-decoder with "
+            "AutoModelForSeq2SeqLMWithValueHead"
+        )
+    if model.is_encoder_decoder and config.is_compat:
+        raise ValueError(
+            f"compat={config.compat!r} would leave the first token of every response of an encoder-decoder without "
+            "reward and gradient, as TRL did; leave compat out"
         )
     if config.bf16 and optimizer is not None:
         raise ValueError(

@@ -22,7 +22,7 @@ from fastppo.models.critic import critic_pass, critic_values
 from fastppo.models.in_place import embeddings_in_place, place_of_gradient
 from fastppo.models.network import checkpointing, evaluating, language_head
 from fastppo.models.offload import offloading
-from fastppo.models.passes import length_groups, pass_tokens, passing, response_hidden
+from fastppo.models.passes import pass_tokens, passing, response_hidden, sample_groups
 from fastppo.types import Experience, LossTerms, Minibatch, Samples
 
 
@@ -66,7 +66,8 @@ def minibatches(
     if config.is_compat:
         steps = [order[i * size : (i + 1) * size] for i in range(number)]
     else:
-        bins = ops.pack([samples.lengths[i] for i in order], number, size).tolist()
+        lengths = samples.lengths  # computed at every call
+        bins = ops.pack([lengths[i] for i in order], number, size).tolist()
         steps = [[row for row, place in zip(order, bins, strict=True) if place == i] for i in range(number)]
     for i, rows in enumerate(steps):
         yield _minibatch(samples, rows, config, is_packed, is_first=epoch == 0 and i == 0)
@@ -80,9 +81,8 @@ def _minibatch(samples: Samples, rows: list[int], config: PPOConfig, is_packed: 
     groups: list[tuple[int, ...]] = []
     for part in micro:
         weights[samples.take(part)] = ppo.token_weights(samples.offsets, part, config.loss_aggregation) / len(micro)
-        lengths = [samples.lengths[row] for row in part]
-        found = length_groups(lengths, size, is_packed, pass_tokens(samples.labels.device))
-        groups += [tuple(part[i] for i in group) for group in found]
+        found = sample_groups(samples, part, size, is_packed, pass_tokens(samples.labels.device))
+        groups += [tuple(group) for group in found]
     return Minibatch(tuple(groups), weights.to(samples.labels.device), is_first)
 
 
