@@ -36,8 +36,8 @@ class Side:
         tail = "".join(self._errors.readlines()[-15:])
         raise RuntimeError(f"{self.name} ended with code {self.process.returncode}; its last words:\n{tail}")
 
-    def iterate(self, tokens: int, limit: float) -> measure.Sample:
-        """Run one iteration once others use less than `limit` cores; raise if it did not generate `tokens` tokens."""
+    def iterate(self, tokens: int | None, limit: float) -> measure.Sample:
+        """Run one iteration once others use less than `limit` cores; raise if it had other than `tokens` tokens."""
         load = measure.ForeignLoad([self.process.pid])
         if math.isfinite(limit):
             load.wait_for_idle(limit, patience_s=10)
@@ -47,7 +47,7 @@ class Side:
         self.process.stdin.flush()
         answer = self.read()
         foreign = load.read() if math.isfinite(limit) else None
-        if answer["tokens"] != tokens:
+        if tokens is not None and answer["tokens"] != tokens:
             raise RuntimeError(f"{self.name} generated {answer['tokens']} tokens, not {tokens}: not the same work")
         return measure.Sample(answer["seconds"], answer["peak_bytes"], foreign)
 

@@ -12,6 +12,7 @@ _HOMES = {
     "AutoModelForCausalLMWithValueHead": "fastppo.models.value_head",
     "AutoModelForSeq2SeqLMWithValueHead": "fastppo.models.value_head",
     "BestOfNSampler": "fastppo.rewards.best_of_n",
+    "DataCollatorForCompletionOnlyLM": "fastppo.trainers.completions",
     "Engine": "fastppo.engine.engine",
     "LengthSampler": "fastppo.core",
     "PPOConfig": "fastppo.config",

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastppo.ops.attention import paged_attention, paged_write, ragged_attention
@@ -110,7 +111,7 @@ def attend(
     if context is None:
         raise RuntimeError(f"{type(module).__name__} attends through fastppo outside of `attending(context)`")
     _refuse_others(module, others | {"dropout": dropout or None, "is_causal=False": is_causal is False})
-    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+    q, k, v = (part[0].transpose(0, 1) for part in _in_one_dtype(query, key, value))
     shape: dict[str, Any] = {
         "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
         "softcap": softcap,
@@ -128,6 +129,14 @@ def attend(
     where = context.sequences, context.positions, cache.tables
     paged_write(k, v, cache.pool, *where)
     return paged_attention(q, cache.pool, *where, **shape)[None], None
+
+
+def _in_one_dtype(*parts: Tensor) -> Sequence[Tensor]:
+    """Return queries, keys and values in autocast's dtype, if it is on: rotary positions have widened the first two."""
+    device = parts[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return parts
+    return [part.to(torch.get_autocast_dtype(device)) for part in parts]
 
 
 def _refuse_others(module: Any, others: Mapping[str, Any]) -> None:

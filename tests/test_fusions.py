@@ -15,7 +15,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from fastppo import ops, reference_fused
 from fastppo.models import fusions
 from fastppo.models.fusions import find, fused
-from fastppo.models.network import body, checkpointing, evaluating
+from fastppo.models.network import body, evaluating
+from fastppo.models.recompute import checkpointing
 
 pytest.importorskip("fastppo._native", reason="built without the C++ extension")
 

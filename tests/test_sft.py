@@ -1,192 +1,372 @@
-"""SFTTrainer: what is learned (EOS, completions), what is not (padding, prompts, other documents), what is written."""
+"""SFTTrainer: its loss and gradients against plain cross entropy of each document by itself, and what is written."""
 
+import json
 from pathlib import Path
 
 import datasets
 import pytest
+import tiny
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch.nn.functional import cross_entropy
+from transformers import TrainerCallback, TrainingArguments
 
-from fastppo.trainers.sft import IGNORED, RightPadding, SFTConfig, SFTTrainer, encode, pack
+from fastppo import AutoModelForCausalLMWithValueHead, DataCollatorForCompletionOnlyLM, SFTConfig, SFTTrainer, ops
+from fastppo.trainers.documents import IGNORED
 
-WORDS = ["<s>", "</s>", "<pad>", "the", "cat", "sat", "on", "a", "mat", "dog", "ran", "far", "away", "."]
-
-
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=32
-    )
-
-
-@pytest.fixture
-def model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        pad_token_id=2,
-    )
-    return LlamaForCausalLM(config)
+QUIET = {"disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "use_cpu": True, "report_to": "none"}
 
 
 def config(folder: Path, **fields: object) -> SFTConfig:
-    quiet = {"disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "use_cpu": True}
-    return SFTConfig(output_dir=str(folder), **{**quiet, **fields})
+    return SFTConfig(output_dir=str(folder), **{**QUIET, **fields})
 
 
-def ids(text: str) -> list[int]:
-    return [WORDS.index(word) for word in text.split()]
+def rows(count: int = 7, seed: int = 0, longest: int = 11) -> list[dict[str, list[int]]]:
+    """Return tokenised documents of 1 to `longest` tokens, some of whose tokens are not to be learned."""
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for ids in tiny.queries(count, seed, longest):
+        is_learned = torch.rand(len(ids), generator=generator) < 0.7
+        result.append({"input_ids": ids.tolist(), "labels": ids.where(is_learned, torch.tensor(IGNORED)).tolist()})
+    result[0] = {"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}
+    return [row for row in result if any(label != IGNORED for label in row["labels"][1:])]
 
 
-def test_a_text_is_learned_with_its_end(tokenizer: PreTrainedTokenizerFast):
-    [row] = encode([{"text": "the cat sat"}], tokenizer, 32)
-    assert row == {"input_ids": ids("the cat sat </s>"), "labels": [IGNORED, *ids("cat sat </s>")]}
+def oracle(model, documents) -> torch.Tensor:
+    """Return the mean loss over all tokens to learn, each document run by itself by transformers, logits and all."""
+    total, count = 0.0, 0
+    for row in documents:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(row["labels"])[1:]
+        total = total + cross_entropy(logits.double(), labels, reduction="sum", ignore_index=IGNORED)
+        count += int((labels != IGNORED).sum())
+    return total / count
 
 
-def test_a_cut_text_is_not_taught_to_end(tokenizer: PreTrainedTokenizerFast):
-    [row] = encode([{"text": "the cat sat"}], tokenizer, 3)
-    assert row["input_ids"] == ids("the cat sat")
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_an_end_in_the_text_is_not_doubled(tokenizer: PreTrainedTokenizerFast):
-    [row] = encode([{"text": "the cat </s>"}], tokenizer, 32)
-    assert row["input_ids"] == ids("the cat </s>")
-    assert row["labels"][-1] == tokenizer.eos_token_id
+class Recorder(TrainerCallback):
+    """Keep the gradients of every optimiser step, before the step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        self.steps.append(gradients(model))
 
 
-def test_a_real_end_is_learned_when_padding_uses_the_same_token(tokenizer: PreTrainedTokenizerFast):
-    # TRL's SFT masked every EOS when pad was EOS, so models never stopped.
-    tokenizer.pad_token = tokenizer.eos_token
-    rows = encode([{"text": "the cat sat on"}, {"text": "a dog"}], tokenizer, 32)
-    batch = RightPadding(tokenizer)(rows)
-    end = tokenizer.eos_token_id
-    assert batch["input_ids"].tolist() == [ids("the cat sat on </s>"), [*ids("a dog </s>"), end, end]]
-    assert batch["labels"].tolist()[1] == [IGNORED, *ids("dog </s>"), IGNORED, IGNORED]
-    assert batch["attention_mask"].tolist()[1] == [1, 1, 1, 0, 0]
+MODELS = {
+    "llama": lambda: tiny.llama(),
+    "llama, tied": lambda: tiny.llama(tie=True),
+    "gpt2": lambda: tiny.gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+}
 
 
-def test_only_the_completion_is_learned(tokenizer: PreTrainedTokenizerFast):
-    [row] = encode([{"prompt": "the cat", "completion": " ran away"}], tokenizer, 32)
-    assert row["input_ids"] == ids("the cat ran away </s>")
-    assert row["labels"] == [IGNORED, IGNORED, *ids("ran away </s>")]
+@pytest.mark.parametrize(
+    ("kind", "packing"), [("llama", False), ("llama", True), ("llama, tied", True), ("gpt2", False)]
+)
+def test_gradients_of_an_accumulated_step_are_those_of_each_document_alone(kind, packing, tmp_path):
+    documents, model = rows(), MODELS[kind]()
+    expected = oracle(model, documents)
+    expected.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    seen = Recorder()
+    sizes = {"per_device_train_batch_size": 1 if packing else 2, "gradient_accumulation_steps": 8, "max_steps": 1}
+    trainer = SFTTrainer(
+        model,
+        config(tmp_path, packing=packing, max_seq_length=16, max_grad_norm=0.0, **sizes),
+        train_dataset=documents,
+        eval_dataset=documents,
+        tokenizer=tiny.tokenizer(),
+        callbacks=[seen],
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    result = trainer.train()
+    assert result.training_loss == pytest.approx(expected.item(), rel=1e-5)
+    [found] = seen.steps
+    assert found.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6)
 
 
-def test_rows_without_anything_to_learn_are_left_out_or_refused(tokenizer: PreTrainedTokenizerFast):
-    long_prompt = {"prompt": "the cat sat on a mat", "completion": " ran"}
-    assert len(encode([long_prompt, {"text": "a dog"}], tokenizer, 4)) == 1
-    with pytest.raises(ValueError, match="max_seq_length"):
-        encode([long_prompt], tokenizer, 4)
+def test_evaluation_does_not_depend_on_how_many_rows_a_batch_has(tmp_path):
+    documents, model = rows(9), tiny.llama()
+    expected = oracle(model, documents).item()
+    for size in (1, 4, 20):
+        args = config(tmp_path, per_device_eval_batch_size=size)
+        trainer = SFTTrainer(model, args, eval_dataset={"a": documents}, tokenizer=tiny.tokenizer())
+        assert trainer.evaluate()["eval_a_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_unknown_columns_and_formatters_are_refused(tokenizer: PreTrainedTokenizerFast):
-    with pytest.raises(ValueError, match=r"columns \['review'\], expected 'text'"):
-        encode([{"review": "the cat"}], tokenizer, 32)
-    with pytest.raises(ValueError, match="formatting_func returned list"):
-        encode([{"review": "the cat"}], tokenizer, 32, formatting_func=lambda row: [row["review"]])
-    [row] = encode([{"review": "the cat"}], tokenizer, 32, formatting_func=lambda row: row["review"])
-    assert row["input_ids"] == ids("the cat </s>")
+def test_no_logits_of_all_tokens_exist(tmp_path, monkeypatch):
+    model, seen = tiny.llama(context=256), []
+    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: pytest.fail("the head was run on all tokens"))
+    plain = ops.linear_loss
+
+    def watched(hidden, weight, labels, *rest, **named):
+        seen.append(int((labels != IGNORED).sum()))
+        return plain(hidden, weight, labels, *rest, **named)
+
+    monkeypatch.setattr(ops, "linear_loss", watched)
+    ids = torch.randint(3, tiny.VOCABULARY, (40, 30)).tolist()
+    documents = [{"input_ids": row, "labels": [IGNORED] * 25 + row[25:]} for row in ids]
+    args = config(tmp_path, max_steps=1, per_device_train_batch_size=40)
+    monkeypatch.setattr("fastppo.trainers.sft.verify_head", lambda model: None)
+    trainer = SFTTrainer(model, args, train_dataset=documents, tokenizer=tiny.tokenizer())
+    trainer.train()
+    # 1,200 tokens: two passes of at most 1,024, of each document the five tokens to learn.
+    assert seen == [34 * 5, 6 * 5]
 
 
-@torch.no_grad()
-def test_packed_documents_do_not_see_each_other(tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM):
-    texts = ["the cat sat on a mat", "a dog ran", "the dog sat", "cat ran far away"]
-    rows = encode([{"text": text} for text in texts], tokenizer, 32)
-    packed = pack(rows, 12)
-    assert [len(row["input_ids"]) for row in packed] == [11, 9]
-    batch = RightPadding(tokenizer)(packed)
-    together = model.eval()(**batch, use_cache=False).logits
-    alone = [model(torch.tensor([row["input_ids"]])).logits[0] for row in rows]
-    torch.testing.assert_close(together[0, :11], torch.cat(alone[:2]))
-    torch.testing.assert_close(together[1, :9], torch.cat(alone[2:]))
+def test_models_that_cannot_be_packed_are_padded(tmp_path):
+    # Attention dropout is the model's own to do: with p = 0 in effect, the padded layout has the same loss.
+    documents, model = rows(), tiny.gpt2(attn_pdrop=1e-9, resid_pdrop=0.0, embd_pdrop=0.0)
+    expected = oracle(model, documents).item()
+    args = config(tmp_path, max_steps=1, per_device_train_batch_size=8, learning_rate=0.0)
+    trainer = SFTTrainer(model, args, train_dataset=documents, tokenizer=tiny.tokenizer())
+    assert trainer.train().training_loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_packing_does_not_change_the_loss(tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM, tmp_path: Path):
-    rows = [{"text": "the cat sat on a mat"}, {"text": "a dog ran"}, {"text": "the dog sat"}]
-    trainers = [
-        SFTTrainer(model, config(tmp_path), eval_dataset=rows, tokenizer=tokenizer, packing=packing)
-        for packing in (False, True)
-    ]
-    alone, packed = (trainer.evaluate()["eval_loss"] for trainer in trainers)
-    assert packed == pytest.approx(alone, rel=1e-5)
+@pytest.mark.parametrize("layout", ["packed", pytest.param("padded", marks=pytest.mark.slow)])
+def test_checkpointed_layers_have_the_same_gradients(layout, tmp_path):
+    documents, steps = rows(), []
+    for is_checkpointed in (False, True):
+        model = tiny.gpt2(attn_pdrop=1e-9 if layout == "padded" else 0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+        seen = Recorder()
+        args = config(tmp_path, max_steps=1, per_device_train_batch_size=8, activation_checkpointing=is_checkpointed)
+        SFTTrainer(model, args, train_dataset=documents, tokenizer=tiny.tokenizer(), callbacks=[seen]).train()
+        steps += seen.steps
+    for name, grad in steps[0].items():
+        torch.testing.assert_close(steps[1][name], grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("as_dataset", [False, True])
-def test_it_learns_a_sentence_and_its_end(
-    tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM, tmp_path: Path, as_dataset: bool
-):
-    rows = [{"story": "the cat sat on a mat ."}] * 8
-    dataset = datasets.Dataset.from_list(rows) if as_dataset else rows
-    args = config(tmp_path, per_device_train_batch_size=8, max_steps=60, learning_rate=2e-2)
-    SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer, dataset_text_field="story").train()
-    written = model.generate(torch.tensor([ids("the cat")]), do_sample=False, max_new_tokens=12)
-    assert tokenizer.decode(written[0]) == "the cat sat on a mat . </s>"
+def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tmp_path):
+    documents, model, seen = rows(), tiny.llama(), Recorder()
+    expected = oracle(model, documents)
+    expected.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    args = config(tmp_path, bf16=True, max_steps=1, per_device_train_batch_size=8)
+    trainer = SFTTrainer(model, args, train_dataset=documents, tokenizer=tiny.tokenizer(), callbacks=[seen])
+    loss = trainer.train().training_loss
+    assert loss != pytest.approx(expected.item(), rel=1e-6)  # it is bf16
+    assert loss == pytest.approx(expected.item(), rel=2e-2)
+    for name, grad in wanted.items():
+        assert seen.steps[0][name].dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(seen.steps[0][name].flatten(), grad.flatten(), dim=0) > 0.99
+    assert model.lm_head.weight.dtype == torch.float32
 
 
-def test_no_pickle_is_written_or_read(tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM, tmp_path: Path):
+@pytest.mark.parametrize("attn_pdrop", [0.0, 1e-9], ids=["packed", "padded"])
+def test_neftune_s_noise_follows_each_document_s_length(attn_pdrop, tmp_path):
+    documents = [{"input_ids": [3, 4, 5]}, {"input_ids": list(range(20, 32))}]
+    model = tiny.gpt2(attn_pdrop=attn_pdrop, resid_pdrop=0.0, embd_pdrop=0.0)
+    entered = []
+    layer = model.transformer.drop
+    plain = layer.forward
+    layer.forward = lambda embedded: (entered.append(embedded.detach()), plain(embedded))[1]
+    args = config(tmp_path, max_steps=1, per_device_train_batch_size=2, learning_rate=0.0)
+    trainer = SFTTrainer(model, args, train_dataset=documents, tokenizer=tiny.tokenizer(), neftune_noise_alpha=5.0)
+    trainer.train()
+    del layer.forward
+    noisy = entered[-1].flatten(0, 1)
+    for row in documents:
+        length = len(row["input_ids"])
+        ids, places = torch.tensor(row["input_ids"]), torch.arange(length)
+        clean = (model.transformer.wte(ids) + model.transformer.wpe(places)).detach()
+        # The batch holds the document somewhere, with noise up to alpha / sqrt(L·H).
+        size = 5.0 / (length * clean.shape[1]) ** 0.5
+        best = min(float((noisy[i : i + length] - clean).abs().max()) for i in range(len(noisy) - length + 1))
+        assert 0.8 * size < best <= size
+    assert not model.transformer.wte._forward_hooks
+    quiet = SFTTrainer(
+        model, config(tmp_path), eval_dataset=documents, tokenizer=tiny.tokenizer(), neftune_noise_alpha=5.0
+    )
+    expected = oracle(model, [{**row, "labels": row["input_ids"]} for row in documents])
+    assert quiet.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_it_learns_a_sentence_and_its_end(tmp_path):
+    words, model = tiny.tokenizer(), tiny.llama()
+    stories = [{"story": "w3 w4 w5 w6 w7"}] * 8
+    dataset = datasets.Dataset.from_list(stories)
+    args = config(tmp_path, per_device_train_batch_size=8, max_steps=25, learning_rate=2e-2)
+    SFTTrainer(model, args, train_dataset=dataset, processing_class=words, dataset_text_field="story").train()
+    written = model.generate(torch.tensor([[3, 4]]), do_sample=False, max_new_tokens=8)
+    assert words.decode(written[0]) == "w3 w4 w5 w6 w7 </s>"
+
+
+def test_a_stream_is_trained_on(tmp_path):
+    stream = datasets.IterableDataset.from_generator(lambda: ({"text": f"w{i} w{i + 1}"} for i in range(3, 12)))
+    args = config(tmp_path, max_steps=5, per_device_train_batch_size=2, packing=True, max_seq_length=8)
+    trainer = SFTTrainer(tiny.llama(), args, train_dataset=stream, tokenizer=tiny.tokenizer())
+    assert trainer.train().global_step == 5
+
+
+def test_no_pickle_is_written_or_read(tmp_path):
+    model = tiny.llama()
     args = config(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
-    trainer = SFTTrainer(model, args, train_dataset=[{"text": "the cat sat"}] * 4, tokenizer=tokenizer)
+    trainer = SFTTrainer(model, args, train_dataset=[{"text": "w3 w4 w5"}] * 4, tokenizer=tiny.tokenizer())
     trainer.train()
     trainer.save_model()
     written = {file.name for file in tmp_path.rglob("*") if file.is_file()}
     assert "model.safetensors" in written
     assert {Path(name).suffix for name in written} <= {".safetensors", ".json", ".jinja"}
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     with pytest.raises(ValueError, match="from_pretrained"):
         trainer.train(resume_from_checkpoint=True)
 
 
-# PEFT 0.21 asks transformers 5.23 for a property under its old name.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_an_adapter_is_trained_and_saved_alone(
-    tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM, tmp_path: Path
-):
+def lora():
     peft = pytest.importorskip("peft")
+    return peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+
+
+def test_an_adapter_is_trained_and_saved_alone(tmp_path):
+    model, seen = tiny.llama(), Recorder()
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    rows = [{"text": "the cat sat"}] * 4
-    args = config(tmp_path, max_steps=2)
-    trainer = SFTTrainer(model, args, train_dataset=rows, tokenizer=tokenizer, peft_config=lora)
+    documents, args = rows(), config(tmp_path, max_steps=1, per_device_train_batch_size=8, max_grad_norm=0.0)
+    words = tiny.tokenizer()
+    trainer = SFTTrainer(model, args, train_dataset=documents, tokenizer=words, peft_config=lora(), callbacks=[seen])
+    oracle(trainer.model.eval(), documents).backward()
+    wanted = gradients(trainer.model)
+    trainer.model.zero_grad()
     trainer.train()
+    assert seen.steps[0].keys() == wanted.keys()
+    for name, grad in wanted.items():
+        assert "lora_" in name
+        torch.testing.assert_close(seen.steps[0][name], grad, rtol=1e-4, atol=1e-6)
     trainer.save_model()
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "model.safetensors").exists()
-    unwrapped = trainer.model.unload().state_dict()
-    torch.testing.assert_close(unwrapped, base, rtol=0, atol=0)
+    torch.testing.assert_close(trainer.model.unload().state_dict(), base, rtol=0, atol=0)
 
 
-def test_an_unknown_argument_is_refused(tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM):
-    with pytest.raises(TypeError, match="chars_per_token"):
-        SFTTrainer(model, tokenizer=tokenizer, chars_per_token=3.6)
+@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
+def test_an_adapter_on_a_quantised_model_named_by_its_folder(tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    tiny.llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    args = config(tmp_path / "out", max_steps=8, per_device_train_batch_size=4, learning_rate=2e-2)
+    trainer = SFTTrainer(
+        str(tmp_path / "base"),
+        args,
+        train_dataset=[{"text": "w3 w4 w5 w6"}] * 8,
+        peft_config=lora(),
+        model_init_kwargs={f"load_in_{bits}bit": True},
+    )
+    first = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] < first - 0.3
+    trainer.save_model()
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 2
 
 
-def test_packing_with_a_cache_is_refused(tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM, tmp_path: Path):
+def test_a_value_head_stays_and_is_saved_with_the_model(tmp_path):
+    model = tiny.with_value_head(tiny.llama())
+    head = model.v_head.summary.weight.clone()
+    before = model.pretrained_model.lm_head.weight.clone()
+    args = config(tmp_path, max_steps=1, learning_rate=1e-2)
+    trainer = SFTTrainer(model, args, train_dataset=rows(), tokenizer=tiny.tokenizer())
+    trainer.train()
+    trainer.save_model()
+    assert not torch.equal(model.pretrained_model.lm_head.weight, before)
+    loaded = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
+    assert torch.equal(loaded.v_head.summary.weight, head)
+    assert torch.equal(loaded.pretrained_model.lm_head.weight, model.pretrained_model.lm_head.weight)
+
+
+def test_the_old_collator_in_the_trainer(tmp_path):
+    model, words = tiny.llama(), tiny.tokenizer()
+    collator = DataCollatorForCompletionOnlyLM("w9", tokenizer=words)
+    texts = [{"text": "w3 w4 w9 w5 w6"}, {"text": "w3 w9 w7"}]
+    documents = [
+        {"input_ids": [3, 4, 9, 5, 6, 2], "labels": [IGNORED] * 3 + [5, 6, 2]},
+        {"input_ids": [3, 9, 7, 2], "labels": [IGNORED, IGNORED, 7, 2]},
+    ]
+    for packing in (False, True):
+        args = config(tmp_path, packing=packing)
+        trainer = SFTTrainer(model, args, data_collator=collator, eval_dataset=texts, tokenizer=words)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(oracle(model, documents).item(), rel=1e-5)
+
+
+def test_logits_are_made_for_metrics_that_ask_for_them(tmp_path):
+    documents, model, seen = rows(4), tiny.llama(), []
+
+    def metrics(prediction):
+        seen.append(prediction)
+        hits = prediction.predictions.argmax(-1)[:, :-1] == prediction.label_ids[:, 1:]
+        return {"accuracy": float(hits[prediction.label_ids[:, 1:] != IGNORED].mean())}
+
+    trainer = SFTTrainer(
+        model, config(tmp_path), eval_dataset=documents, tokenizer=tiny.tokenizer(), compute_metrics=metrics
+    )
+    found = trainer.evaluate()
+    hits = [
+        int(guess == label)
+        for row in documents
+        for guess, label in zip(
+            model(torch.tensor([row["input_ids"]])).logits[0, :-1].argmax(-1), row["labels"][1:], strict=True
+        )
+        if label != IGNORED
+    ]
+    assert found["eval_accuracy"] == pytest.approx(sum(hits) / len(hits))
+    assert found["eval_loss"] == pytest.approx(oracle(model, documents).item(), rel=1e-4)
+    assert seen[0].predictions.shape[2] == tiny.VOCABULARY
+
+
+def test_plain_training_arguments_and_names_of_trl(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), max_steps=1, **QUIET)
+    with pytest.warns(UserWarning, match="chars_per_token, num_of_sequences: not needed here"):
+        trainer = SFTTrainer(
+            tiny.llama(),
+            args,
+            train_dataset=[{"story": "w3 w4"}, {"story": "w5 w6"}],
+            tokenizer=tiny.tokenizer(),
+            dataset_text_field="story",
+            packing=True,
+            max_seq_length=6,
+            num_of_sequences=4,
+            chars_per_token=3.6,
+        )
+    assert trainer.train_dataset[0] == {
+        "input_ids": [3, 4, 2, 5, 6, 2],
+        "labels": [IGNORED, 4, 2, IGNORED, 6, 2],
+        "position_ids": [0, 1, 2, 0, 1, 2],
+    }
+    trainer.train()
+    assert args.remove_unused_columns  # what was given stays as it was
+
+
+def test_what_cannot_work_is_refused(tmp_path):
+    words = tiny.tokenizer()
+    with pytest.raises(TypeError, match="max_seq_lenght"):
+        SFTTrainer(tiny.llama(), config(tmp_path), tokenizer=words, max_seq_lenght=3)
     with pytest.raises(ValueError, match="see each other"):
-        SFTTrainer(model, config(tmp_path, use_cache=True, packing=True), tokenizer=tokenizer)
+        config(tmp_path, use_cache=True, packing=True)
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1: the loss is computed without logits"):
+        SFTTrainer(tiny.llama(), TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, **QUIET), tokenizer=words)
+    with pytest.raises(ValueError, match="compute_loss_func reads logits"):
+        SFTTrainer(tiny.llama(), config(tmp_path), tokenizer=words, compute_loss_func=lambda *_: 0)
+    with pytest.raises(ValueError, match="are for a model given by its name"):
+        SFTTrainer(tiny.llama(), config(tmp_path), tokenizer=words, model_init_kwargs={"dtype": "auto"})
+    with pytest.raises(ValueError, match="two names of one setting"):
+        config(tmp_path, max_length=8, max_seq_length=9)
+    with pytest.raises(ValueError, match="max_seq_length must be at least 1, got 0"):
+        config(tmp_path, max_seq_length=0)
+    with pytest.raises(ValueError, match=r"dataset_kwargs has \['append_concat_token'\]"):
+        config(tmp_path, dataset_kwargs={"append_concat_token": False})
 
 
-def test_rows_fit_the_models_context_by_default(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
-    sizes = {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 1}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), **sizes))
-    rows = [{"text": "the cat " * 20}]
-    trainer = SFTTrainer(model, config(tmp_path, max_steps=1), train_dataset=rows, tokenizer=tokenizer)
+def test_rows_fit_the_models_context_by_default(tmp_path):
+    model, words = tiny.gpt2(context=16), tiny.tokenizer()
+    long = [{"text": "w3 w4 " * 20}]
+    trainer = SFTTrainer(model, config(tmp_path, max_steps=1), train_dataset=long, tokenizer=words)
     assert len(trainer.train_dataset[0]["input_ids"]) == 16
     trainer.train()
-    longer = SFTTrainer(model, config(tmp_path), train_dataset=rows, tokenizer=tokenizer, max_seq_length=20)
+    longer = SFTTrainer(model, config(tmp_path), train_dataset=long, tokenizer=words, max_seq_length=20)
     assert len(longer.train_dataset[0]["input_ids"]) == 20
-
-
-def test_texts_without_an_end_token_have_none(tokenizer: PreTrainedTokenizerFast):
-    tokenizer.eos_token = None
-    rows = encode([{"text": "the cat sat"}, {"prompt": "the cat", "completion": " ran"}], tokenizer, 32)
-    assert [row["input_ids"] for row in rows] == [ids("the cat sat"), ids("the cat ran")]
-    assert [row["labels"] for row in rows] == [[IGNORED, *ids("cat sat")], [IGNORED, IGNORED, *ids("ran")]]
-    with pytest.raises(ValueError, match="none of 2 rows"):
-        encode([{"prompt": "the cat", "completion": ""}, {"text": ""}], tokenizer, 32)

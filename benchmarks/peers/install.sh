@@ -1,6 +1,6 @@
 #!/bin/sh
-# Make the environments of the libraries that benchmarks/step.py, head.py and generate.py compare with, next to .venv in
-# the repository root, each with the versions it was measured with; run again, it does nothing.
+# Make the environments of the libraries that benchmarks/step.py, sft.py, head.py and generate.py compare with, next to
+# .venv in the repository root, each with the versions it was measured with; run again, it does nothing.
 set -eu
 cd "$(dirname "$0")/../.."
 
@@ -28,6 +28,9 @@ make_environment .venv-trl0114 torch==2.13.0 trl==0.11.4 transformers==4.46.3 ac
     datasets==3.6.0 numpy==1.26.4 'pyarrow<18' rich
 # The last release with any PPO.
 make_environment .venv-trl112 torch==2.13.0 trl==1.12.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0
+
+# For benchmarks/sft.py.
+make_environment .venv-trl116 torch==2.13.0 trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0
 
 # For benchmarks/head.py, which runs in it: this checkout beside the peers. A path file, and the interpreter of .venv,
 # so that the extension that is already compiled serves both.

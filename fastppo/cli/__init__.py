@@ -13,6 +13,8 @@ from fastppo.cli.arguments import UsageError, nearest, parse
 
 _USAGE = """usage: fastppo COMMAND [--flag VALUE ...] [--traceback]
 
+  sft        teach a language model by texts, prompts with completions, or chats
+  reward     train a reward model from pairs of a better and a worse text
   ppo        improve a language model with a reward
   generate   talk to a model
   inspect    show how a model will be run, and why
@@ -73,6 +75,18 @@ def _ppo(arguments: list[str]) -> int:
     return ppo(arguments)
 
 
+def _sft(arguments: list[str]) -> int:
+    from fastppo.cli.supervised import sft
+
+    return sft(arguments)
+
+
+def _reward(arguments: list[str]) -> int:
+    from fastppo.cli.supervised import reward
+
+    return reward(arguments)
+
+
 def _generate(arguments: list[str]) -> int:
     from fastppo.cli.generate import generate
 
@@ -131,6 +145,8 @@ def _env(arguments: list[str]) -> int:
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "sft": _sft,
+    "reward": _reward,
     "ppo": _ppo,
     "generate": _generate,
     "inspect": _inspect,

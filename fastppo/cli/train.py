@@ -15,8 +15,8 @@ from fastppo.cli.loading import check_directory, is_url, load_reward, load_token
 from fastppo.config import PPOConfig
 from fastppo.rewards.policy import RewardPolicy
 
-_DTYPES = {name: name for name in ("float32", "bfloat16", "float16", "auto")}
-_DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = {name: name for name in ("float32", "bfloat16", "float16", "auto")}
+DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass
@@ -98,8 +98,8 @@ class PPOArguments:
             )
         if self.eval_every is not None and not self.eval_size:
             raise ValueError(f"eval_every={self.eval_every} needs held-out prompts; set eval_size, for example to 64")
-        if self.dtype is not None and self.dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         is_adapter = Path(self.model_name_or_path, "adapter_config.json").is_file()
         if (self.load_in_8bit or self.load_in_4bit) and not self.use_peft and not is_adapter:
             raise ValueError("8-bit and 4-bit weights are not trained themselves; add --use_peft")
@@ -150,9 +150,9 @@ def make_trainer(options: PPOArguments, config: PPOConfig) -> Any:
     is_seq2seq = loading.reads_with_encoder(options.model_name_or_path)
     kind = "Seq2Seq" if is_seq2seq else "Causal"
     if options.use_peft:
-        kwargs["peft_config"] = _lora(options, "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM")
+        kwargs["peft_config"] = lora_config(options, "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM")
     if options.dtype is not None:
-        kwargs["dtype"] = _DTYPES[options.dtype]
+        kwargs["dtype"] = DTYPES[options.dtype]
     for name in ("load_in_8bit", "load_in_4bit", "int8_meaning"):
         if getattr(options, name):
             kwargs[name] = getattr(options, name)
@@ -165,7 +165,8 @@ def make_trainer(options: PPOArguments, config: PPOConfig) -> Any:
     return PPOTrainer(config, model, tokenizer=tokenizer)
 
 
-def _lora(options: PPOArguments, task_type: str) -> Any:
+def lora_config(options: Any, task_type: str = "CAUSAL_LM") -> Any:
+    """Return the LoRA configuration that the `lora_` flags describe."""
     from peft import LoraConfig
 
     names = options.lora_target_modules

@@ -9,9 +9,9 @@ from __future__ import annotations
 import inspect
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from fastppo import ops
-from fastppo.attention import attending, current
 from fastppo.models.fusions import fused
 
 
@@ -200,48 +199,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def checkpointing(model: nn.Module) -> Iterator[None]:
-    """Let gradient checkpointing work inside although dropout is off, and recompute on the layout of the forward.
-
-    It asks for `training` on its own layers.
-    """
-    layers: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    dropouts = [
-        (layer, name, value)
-        for layer in layers
-        for name, value in vars(layer).items()
-        if "drop" in name and isinstance(value, float)  # also BART's layerdrop, which leaves out whole layers
-    ]
-    functions = [(layer, layer._gradient_checkpointing_func) for layer in layers]
-    try:
-        for layer, function in functions:
-            layer._gradient_checkpointing_func = partial(_checkpointed, function)
-        for layer in layers:
-            layer.training = True
-        for layer, name, _ in dropouts:
-            setattr(layer, name, 0.0)
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
-        for layer, name, value in dropouts:
-            setattr(layer, name, value)
-        for layer, function in functions:
-            layer._gradient_checkpointing_func = function
-
-
-def _checkpointed(checkpoint: Any, function: Any, *args: Any) -> Any:
-    """Checkpoint a function; when it is run again, on another thread perhaps, attention works on the same layout."""
-    layout = current()
-
-    def run(*inputs: Any) -> Any:
-        with nullcontext() if layout is None else attending(layout):
-            return function(*inputs)
-
-    return checkpoint(run, *args)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -86,9 +87,11 @@ def _grouped(
 def passing(model: nn.Module) -> Iterator[None]:
     """Lay the samples of `response_hidden` out in the fastest right way inside, backward passes included.
 
-    Raises NotImplementedError for a model that neither packing nor padding leaves unharmed.
+    A model in training mode whose attention drops scores is padded, for that is its own attention's to do. Raises
+    NotImplementedError for a model that neither packing nor padding leaves unharmed.
     """
     is_packed = has_kernels(causal_lm(model).device) and bool(probe.trains_packed(model))
+    is_packed = is_packed and not (model.training and _drops_scores(model))
     if is_row_invariant():
         if not is_packed:
             raise NotImplementedError(f"{type(causal_lm(model)).__name__} cannot be computed row by row: {NOT_EXACT}")
@@ -108,29 +111,47 @@ def passing(model: nn.Module) -> Iterator[None]:
         yield
 
 
+_dropping: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _drops_scores(model: nn.Module) -> bool:
+    """Whether the attention of a model in training mode drops scores, which fastppo's does not."""
+    inner = causal_lm(model)
+    if inner not in _dropping:
+        devices = [inner.device] if inner.device.type == "cuda" else []
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices), attached(model):
+                packed_hidden(model, [torch.zeros(2, dtype=torch.int64)])
+            _dropping[inner] = False
+        except NotImplementedError:
+            _dropping[inner] = True
+    return _dropping[inner]
+
+
 def response_hidden(model: nn.Module, samples: Samples, group: Sequence[int]) -> Tensor:
     """Return the hidden states (T', H) from which the trainable tokens of the samples `group` are predicted.
 
     The order is that of `samples.take(group)`.
     """
-    device = next(model.parameters()).device
-    if samples.prefix is not None:  # the last token of a response predicts nothing
-        prefix = samples.prefix.to(device)
+    if samples.prefix is None:
+        hidden, starts = sequence_hidden(model, [torch.cat([samples.queries[i], samples.responses[i]]) for i in group])
+    else:  # the last token of a response predicts nothing
+        prefix = samples.prefix.to(next(model.parameters()).device)
         sequences = [torch.cat([prefix, samples.responses[i][:-1]]) for i in group]
-    else:
-        sequences = [torch.cat([samples.queries[i], samples.responses[i]]) for i in group]
-    lengths = [len(sequence) for sequence in sequences]
-    if samples.prefix is not None:
-        starts = torch.arange(len(group)) * max(lengths)
         hidden = decoded(model, [samples.queries[i] for i in group], sequences).flatten(0, 1)
-    elif is_attached(model):
-        starts = offsets_of(lengths)[:-1]
-        hidden = packed_hidden(model, sequences)
-    else:
-        starts = torch.arange(len(group)) * max(lengths)
-        ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(device)
-        hidden = last_hidden(model, input_ids=ids, use_cache=False).flatten(0, 1)
+        starts = torch.arange(len(group)) * max(map(len, sequences))
     starts = starts + torch.tensor([samples.start(i) - 1 for i in group])
     counts = samples.offsets.diff()[list(group)]
     rows = samples.positions[samples.take(group)] + torch.repeat_interleave(starts, counts)
-    return hidden[rows.to(device)]
+    return hidden[rows.to(hidden.device)]
+
+
+def sequence_hidden(model: nn.Module, sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return hidden states (N, H) of 1-D token sequences, padding among them, and the row where each begins, (B,)."""
+    lengths = [len(sequence) for sequence in sequences]
+    if is_attached(model):
+        return packed_hidden(model, sequences), offsets_of(lengths)[:-1]
+    device = next(model.parameters()).device
+    ids = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True).to(device)
+    hidden = last_hidden(model, input_ids=ids, use_cache=False).flatten(0, 1)
+    return hidden, torch.arange(len(sequences)) * max(lengths)

@@ -1,217 +1,224 @@
-"""Supervised fine-tuning on texts or on prompts with completions."""
+"""Supervised fine-tuning on texts, on prompts with completions, and on chats."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, TrainingArguments
+from torch import Tensor, nn
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import EvalLoopOutput
 
 from fastppo.engine.prompts import context_length
-from fastppo.trainers.supervised import SupervisedTrainer, add_adapter, choose_tokenizer, pin_memory_if_useful
+from fastppo.models.attach import is_attached
+from fastppo.models.fusions import fused
+from fastppo.models.loading import load_base
+from fastppo.models.network import verify_head
+from fastppo.models.passes import pass_tokens, passing
+from fastppo.models.recompute import recomputing
+from fastppo.trainers.completions import DataCollatorForCompletionOnlyLM
+from fastppo.trainers.documents import Corpus, Documents, Row, side_by_side
+from fastppo.trainers.encoding import Encoder
+from fastppo.trainers.sft_config import LONGEST_BY_DEFAULT, SFTConfig, settle
+from fastppo.trainers.supervised import SupervisedTrainer, add_adapter, choose_tokenizer, save_model
+from fastppo.trainers.token_loss import token_loss
 
-IGNORED = -100  # what torch's cross-entropy skips
-_LONGEST_BY_DEFAULT = 1024
-
-Row = dict[str, list[int]]
-_log = logging.getLogger(__name__)
-
-
-@dataclass
-class SFTConfig(TrainingArguments):
-    """Configure supervised fine-tuning: transformers' TrainingArguments and the fields below."""
-
-    dataset_text_field: str = field(default="text", metadata={"help": "column with the text to learn"})
-    max_seq_length: int | None = field(
-        default=None, metadata={"help": "tokens; None: tokenizer's or model's, at most 1024"}
-    )
-    packing: bool = field(default=False, metadata={"help": "fill rows with several documents, blind to each other"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        pin_memory_if_useful(self)
+__all__ = ["SFTConfig", "SFTTrainer"]
 
 
 class SFTTrainer(SupervisedTrainer):
-    """Fine-tune a causal language model on texts, each ended by EOS where the tokenizer has one.
+    """Fine-tune a causal language model on the tokens of documents, each seen alone, without padding and logits.
 
-    A dataset is a `datasets.Dataset` or any sequence of dicts with a text column, with `prompt` and `completion` (only
-    the completion is learned), or with ready `input_ids` and optional `labels`; `formatting_func(row) -> str` makes the
-    text itself. `dataset_text_field`, `packing` and `max_seq_length` given here take precedence over those of `args`.
-    Raises ValueError if rows have none of these columns or leave nothing to learn, and for packing with `use_cache`.
+    `model` is a name, a directory, a transformers or PEFT model, or one with a value head, which stays as it is. A
+    dataset is a `datasets.Dataset`, a sequence or a stream of dicts with a text column, with `prompt` and `completion`
+    (only the completion is learned), with a chat in `messages`, or with ready `input_ids` and optional `labels`;
+    `formatting_func` makes the texts itself, of one row or of a dict of columns. SFTConfig's own fields may be given
+    here too, and then take precedence over `args`. The loss is the mean over all tokens that an optimiser step learns.
+    Raises ValueError if rows have none of these columns or leave nothing to learn, NotImplementedError for a model
+    whose head is more than a linear layer.
     """
+
+    loss_is_scaled_for_ga = True
+    control: Any
 
     def __init__(
         self,
         model: Any,
-        args: SFTConfig | None = None,
-        data_collator: Callable[[list[Row]], dict[str, torch.Tensor]] | None = None,
-        train_dataset: Iterable[Mapping[str, Any]] | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[list[Row]], Mapping[str, Tensor]] | None = None,
+        train_dataset: Any = None,
         eval_dataset: Any = None,
         tokenizer: Any = None,
         *,
         processing_class: Any = None,
         peft_config: Any = None,
-        dataset_text_field: str | None = None,
-        packing: bool | None = None,
-        formatting_func: Callable[[Mapping[str, Any]], str] | None = None,
-        max_seq_length: int | None = None,
-        **trainer_arguments: Any,
+        formatting_func: Callable[[Any], Any] | None = None,
+        **more: Any,
     ) -> None:
-        args = SFTConfig() if args is None else args
-        if isinstance(model, str):
-            # Weights that are trained are fp32 whatever the checkpoint's dtype.
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        tokenizer = choose_tokenizer(model, tokenizer, processing_class)
-        text_field = args.dataset_text_field if dataset_text_field is None else dataset_text_field
-        length = max_seq_length or args.max_seq_length or _default_length(model, tokenizer)
-        packed = args.packing if packing is None else packing
-        if packed and args.use_cache:
-            # With a cache transformers takes a packed row for one document.
-            raise ValueError("use_cache=True with packing: documents would see each other, expected use_cache=False")
-        prepare = partial(_prepare, tokenizer, length, text_field, formatting_func, packed)
+        settings, trainer_arguments = settle(args, more)
+        _refuse_logits(trainer_arguments)
+        set_seed(settings.seed)  # a new adapter starts at random
+        model = _load(model, settings.model_init_kwargs or {}, peft_config)
+        self.whole_model = model  # what is saved: a value head too
+        network = getattr(model, "pretrained_model", model)
+        tokenizer = choose_tokenizer(network, tokenizer, processing_class)
+        answers = data_collator if isinstance(data_collator, DataCollatorForCompletionOnlyLM) else None
+        encoder = make_encoder(settings, network, tokenizer, formatting_func, answers, more.get("dataset_text_field"))
+        is_prepared = bool((settings.dataset_kwargs or {}).get("skip_prepare_dataset"))
+        eval_packing = settings.packing if settings.eval_packing is None else settings.eval_packing
         super().__init__(
-            model=add_adapter(model, peft_config),
-            args=args,
-            data_collator=data_collator or RightPadding(tokenizer),
-            train_dataset=prepare(train_dataset),
-            eval_dataset=prepare(eval_dataset),
+            model=network,
+            args=settings,
+            data_collator=side_by_side if data_collator is None or (answers and not is_prepared) else data_collator,
+            train_dataset=train_dataset if is_prepared else prepare(train_dataset, encoder, settings.packing),
+            eval_dataset=eval_dataset if is_prepared else prepare(eval_dataset, encoder, eval_packing),
             processing_class=tokenizer,
             **trainer_arguments,
         )
+        # transformers' own hook takes a packed row for one document.
+        self.noise_alpha, self.neftune_noise_alpha = settings.neftune_noise_alpha, None
+        verify_head(network)
+
+    @contextmanager
+    def _laid_out(self) -> Iterator[None]:
+        """Run the model on documents side by side inside, or padded where it needs that, backward passes included."""
+        with fused(self.model), recomputing(self.model), passing(self.model):
+            yield
+
+    def _parts(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
+        """Yield the batch in parts of as many tokens as a pass should have; runs inside `_laid_out`."""
+        device = torch.device(self.args.device)
+        return Documents.of(self._prepare_inputs(inputs)).parts(is_attached(self.model), pass_tokens(device))
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Add the gradients of one batch, pass by pass; return its part of the loss, ()."""
+        count = Documents.of(inputs).count if num_items_in_batch is None else num_items_in_batch
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        with self._laid_out():
+            for part in self._parts(inputs):
+                total += super().training_step(model, part, count)
+        return total
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of one batch, divided by the tokens of the optimiser step, or by the batch's own."""
+        documents = Documents.of(inputs)
+        count = documents.count if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        with self._laid_out(), self.accelerator.autocast():
+            loss = token_loss(self.model, documents, count.clamp(min=1).to(self.args.device), self.noise_alpha)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        counts = [Documents.of(batch).count.to(device) for batch in batch_samples]
+        return torch.stack(counts).sum() if counts else None
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None, *args: Any, **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Measure the mean loss over all tokens to learn; with `compute_metrics`, do as transformers does."""
+        if not prediction_loss_only or self.args.bf16_full_eval or self.args.fp16_full_eval:
+            return super().evaluation_loop(dataloader, description, prediction_loss_only, *args, **kwargs)
+        self.model.eval()
+        total, tokens, documents = 0.0, 0, 0
+        for batch in dataloader:
+            whole = Documents.of(batch)
+            loss, _, _ = self.prediction_step(self.model, batch, prediction_loss_only=True)
+            total, tokens = total + float(loss * whole.count), tokens + int(whole.count)
+            documents += len(whole.tokens)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        return EvalLoopOutput(None, None, {f"{prefix}_loss": total / max(tokens, 1)}, documents)
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the mean loss of a batch and, for `compute_metrics`, logits (B, S, V) and labels (B, S), padded."""
+        documents = Documents.of(inputs)
+        loss = torch.zeros((), device=self.args.device)
+        with self._laid_out():
+            for part in self._parts(inputs):
+                loss += self.compute_loss(model, part, num_items_in_batch=documents.count)
+        if prediction_loss_only:
+            return loss, None, None
+        inputs = self._prepare_inputs(documents.padded())
+        with self.accelerator.autocast():
+            logits = self.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        return loss, logits, inputs["labels"]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            save_model(self.whole_model, self.processing_class, output_dir or self.args.output_dir, state_dict)
+
+
+def _load(model: Any, options: dict[str, Any], peft_config: Any) -> Any:
+    """Return a model given by itself or by its name, with a new adapter if a configuration is given."""
+    if isinstance(model, str):
+        return load_base(model, peft_config=peft_config, **options).model
+    if options:
+        raise ValueError(f"model_init_kwargs={options} are for a model given by its name, got {type(model).__name__}")
+    return add_adapter(model, peft_config)
+
+
+def _refuse_logits(trainer_arguments: Mapping[str, Any]) -> None:
+    if trainer_arguments.get("compute_loss_func") is not None:
+        raise ValueError("compute_loss_func reads logits, which are never made; override compute_loss instead")
+
+
+def make_encoder(
+    settings: Any, model: Any, tokenizer: Any, formatting_func: Any, answers: Any, given_field: str | None
+) -> Encoder:
+    """Return the encoder that the settings ask for; a column that was named to the trainer itself goes first."""
+    length = settings.max_seq_length or settings.max_length or _default_length(model, tokenizer)
+    return Encoder(
+        tokenizer,
+        length,
+        settings.dataset_text_field,
+        given_field is not None,
+        formatting_func,
+        settings.completion_only_loss,
+        settings.assistant_only_loss,
+        answers,
+        (settings.dataset_kwargs or {}).get("add_special_tokens", True),
+        settings.dataset_batch_size,
+    )
 
 
 def _default_length(model: Any, tokenizer: Any) -> int:
     """Return the tokens of a row that tokenizer and model both have room for."""
-    length: int = min(tokenizer.model_max_length, context_length(model) or _LONGEST_BY_DEFAULT, _LONGEST_BY_DEFAULT)
+    length: int = min(tokenizer.model_max_length, context_length(model) or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT)
     return length
 
 
-def _prepare(
-    tokenizer: Any,
-    max_length: int,
-    text_field: str,
-    formatting_func: Callable[[Mapping[str, Any]], str] | None,
-    packed: bool,
-    dataset: Any,
-) -> Any:
-    """Encode a dataset, or each of several given by name, and pack it if asked to."""
+def prepare(dataset: Any, encoder: Encoder, packed: bool) -> Any:
+    """Encode a dataset, or each of several given by name, and pack it if asked to; a stream when it is read."""
     if dataset is None:
         return None
     if isinstance(dataset, dict):
-        one = partial(_prepare, tokenizer, max_length, text_field, formatting_func, packed)
-        return {name: one(part) for name, part in dataset.items()}
-    encoded = encode(dataset, tokenizer, max_length, text_field, formatting_func)
-    return pack(encoded, max_length) if packed else encoded
+        return {name: prepare(part, encoder, packed) for name, part in dataset.items()}
+    if not hasattr(dataset, "__len__"):
+        return Stream(dataset, encoder, packed)
+    rows = dataset if hasattr(dataset, "__iter__") else (dataset[index] for index in range(len(dataset)))
+    corpus = encoder.encode(rows)
+    return corpus.pack(encoder.max_length) if packed else corpus
 
 
-def encode(
-    rows: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
-    max_length: int,
-    text_field: str = "text",
-    formatting_func: Callable[[Mapping[str, Any]], str] | None = None,
-) -> list[Row]:
-    """Tokenise rows into `input_ids` and `labels` of at most `max_length` tokens, ended by EOS where the text ends.
+class Stream(torch.utils.data.IterableDataset[Row]):
+    """A dataset without a length, encoded as it is read and packed by the `encoder.batch_size` rows."""
 
-    Raises ValueError if a row has no known column, or if no row has a token to learn.
-    """
-    encoded = [_encode_row(row, tokenizer, text_field, formatting_func) for row in rows]
-    encoded = [{name: ids[:max_length] for name, ids in row.items()} for row in encoded]
-    kept = [row for row in encoded if any(label != IGNORED for label in row["labels"])]
-    if encoded and not kept:
-        raise ValueError(
-            f"none of {len(encoded)} rows has a token to learn within {max_length} tokens; raise max_seq_length"
-        )
-    if len(kept) < len(encoded):
-        _log.warning("left out %d rows with nothing to learn within %d tokens", len(encoded) - len(kept), max_length)
-    return kept
+    def __init__(self, rows: Iterable[Mapping[str, Any]], encoder: Encoder, packed: bool):
+        self.rows, self.encoder, self.packed = rows, encoder, packed
 
-
-def _encode_row(
-    row: Mapping[str, Any], tokenizer: Any, text_field: str, formatting_func: Callable[[Mapping[str, Any]], str] | None
-) -> Row:
-    if "input_ids" in row:
-        ids, labels = list(row["input_ids"]), list(row.get("labels", row["input_ids"]))
-    else:
-        prompt, text = _prompt_and_text(row, text_field, formatting_func)
-        ids, labels = _tokenise(prompt, text, tokenizer)
-        end = tokenizer.eos_token_id
-        if end is not None and ids[-1:] != [end]:
-            ids.append(end)
-            labels.append(IGNORED)
-        if end is not None:
-            # By position, never by value: a real EOS is learned also where pad and EOS are the same token.
-            labels[-1] = end
-    # Nothing precedes the first token, and in a packed row the token before it belongs to another document.
-    return {"input_ids": ids, "labels": [IGNORED, *labels[1:]]}
-
-
-def _prompt_and_text(
-    row: Mapping[str, Any], text_field: str, formatting_func: Callable[[Mapping[str, Any]], str] | None
-) -> tuple[str, str]:
-    if formatting_func is not None:
-        text = formatting_func(row)
-        if not isinstance(text, str):
-            raise ValueError(
-                f"formatting_func returned {type(text).__name__}, expected str: it gets one row and returns its text"
-            )
-        return "", text
-    if "prompt" in row and "completion" in row:
-        return row["prompt"], row["prompt"] + row["completion"]
-    if text_field not in row:
-        raise ValueError(
-            f"a row has columns {sorted(row)}, expected {text_field!r}, `prompt` with `completion`, or `input_ids`; "
-            "name the text column with dataset_text_field= or pass formatting_func="
-        )
-    return "", row[text_field]
-
-
-def _tokenise(prompt: str, text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Label the tokens that reach beyond the prompt, found by their place in the text."""
-    if not prompt:
-        ids = tokenizer(text)["input_ids"]
-        return ids, list(ids)
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{type(tokenizer).__name__} reports no offsets, expected a fast tokenizer for prompts with completions"
-        )
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    ends = [end for _, end in encoded["offset_mapping"]]
-    ids = encoded["input_ids"]
-    return ids, [token if end > len(prompt) else IGNORED for token, end in zip(ids, ends, strict=True)]
-
-
-def pack(rows: Sequence[Row], max_length: int) -> list[Row]:
-    """Join rows, in their order, into rows of up to `max_length` tokens; `position_ids` start anew at each document."""
-    packed: list[Row] = []
-    for row in rows:
-        if not packed or len(packed[-1]["input_ids"]) + len(row["input_ids"]) > max_length:
-            packed.append({"input_ids": [], "labels": [], "position_ids": []})
-        for name, ids in {**row, "position_ids": range(len(row["input_ids"]))}.items():
-            packed[-1][name].extend(ids)
-    return packed
-
-
-class RightPadding:
-    """Collate rows of ids into (B, S) tensors, padded on the right."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        # Labels and mask come from lengths, so any id can fill the gap.
-        pad_id = tokenizer.pad_token_id or 0
-        self.fill = {"input_ids": pad_id, "labels": IGNORED, "position_ids": 0, "attention_mask": 0}
-
-    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
-        """Stack `input_ids`, `labels` and either `position_ids` (packed) or `attention_mask`."""
-        if "position_ids" not in rows[0]:
-            rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
-        longest = max(len(row["input_ids"]) for row in rows)
-
-        def padded(name: str) -> list[list[int]]:
-            return [row[name] + [self.fill[name]] * (longest - len(row[name])) for row in rows]
-
-        return {name: torch.tensor(padded(name)) for name in rows[0]}
+    def __iter__(self) -> Iterator[Row]:
+        documents = filter(None, self.encoder.documents(self.rows))
+        while window := list(islice(documents, self.encoder.batch_size)):
+            corpus = Corpus(window)
+            if self.packed:
+                corpus.pack(self.encoder.max_length)
+            yield from (corpus[index] for index in range(len(corpus)))

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer, Trainer
 
 from fastppo.atomic import atomic_files
+from fastppo.models.loading import load_base
 
 
 class SupervisedTrainer(Trainer):
@@ -60,18 +61,29 @@ def pin_memory_if_useful(args: Any) -> None:
 def choose_tokenizer(model: Any, tokenizer: Any, processing_class: Any) -> Any:
     """Return the tokenizer given under its old or new name, or the one that was published with the model.
 
-    Raises ValueError if both names are used.
+    Raises ValueError if both names are used, or neither for a model that was made in memory.
     """
     if tokenizer is not None and processing_class is not None:
         raise ValueError("tokenizer= and processing_class= were both given, expected one; they mean the same")
     chosen = processing_class if tokenizer is None else tokenizer
-    return AutoTokenizer.from_pretrained(model.config._name_or_path) if chosen is None else chosen
+    if chosen is not None:
+        return chosen
+    if not model.config._name_or_path:
+        raise ValueError(f"a {type(model).__name__} made in memory names no tokenizer; pass tokenizer=")
+    return AutoTokenizer.from_pretrained(model.config._name_or_path)
 
 
 def add_adapter(model: Any, peft_config: Any) -> Any:
-    """Return `model`, wrapped in a new PEFT adapter if a configuration is given."""
-    if peft_config is None:
-        return model
-    from peft import get_peft_model
+    """Return a loaded model, wrapped in a new PEFT adapter if a configuration is given; see `models.loading`.
 
-    return get_peft_model(model, peft_config)
+    A model with a value head is returned itself, with the adapter inside. Raises ValueError if there is one already.
+    """
+    inner = getattr(model, "pretrained_model", None)
+    if inner is None:
+        return load_base(model, peft_config=peft_config).model
+    if peft_config is not None:
+        raise ValueError(
+            f"peft_config= with a {type(model).__name__}: give peft_config to its from_pretrained instead, so that it "
+            "knows of its adapter"
+        )
+    return model

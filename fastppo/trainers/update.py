@@ -20,9 +20,10 @@ from fastppo.config import PPOConfig
 from fastppo.models.attach import is_attached
 from fastppo.models.critic import critic_pass, critic_values
 from fastppo.models.in_place import embeddings_in_place, place_of_gradient
-from fastppo.models.network import checkpointing, evaluating, language_head
+from fastppo.models.network import evaluating, language_head
 from fastppo.models.offload import offloading
 from fastppo.models.passes import pass_tokens, passing, response_hidden, sample_groups
+from fastppo.models.recompute import checkpointing
 from fastppo.types import Experience, LossTerms, Minibatch, Samples
 
 
