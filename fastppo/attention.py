@@ -134,7 +134,7 @@ def attend(
 def _in_one_dtype(*parts: Tensor) -> Sequence[Tensor]:
     """Return queries, keys and values in autocast's dtype, if it is on: rotary positions have widened the first two."""
     device = parts[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return parts
     return [part.to(torch.get_autocast_dtype(device)) for part in parts]
 

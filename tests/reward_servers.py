@@ -36,7 +36,7 @@ def server(*answers, otherwise=lengths):
                 served.requests.append(request)
                 served.paths.append(self.path)
                 served.headers.append(dict(self.headers))
-                served.running += 1
+                served.running, self.is_counted = served.running + 1, True
                 served.most = max(served.most, served.running)
                 answer = script.pop(0) if script else otherwise
             try:
@@ -44,9 +44,13 @@ def server(*answers, otherwise=lengths):
             except OSError:
                 pass  # the client has gone
             finally:
-                with served.lock:
-                    served.running -= 1
+                self.leave()
             self.close_connection = True
+
+        def leave(self):
+            with served.lock:
+                served.running -= self.is_counted
+                self.is_counted = False
 
         def reply(self, answer, request):
             if isinstance(answer, int):
@@ -59,6 +63,7 @@ def server(*answers, otherwise=lengths):
                 self.write(200, json.dumps(answer(request)).encode())
 
         def write(self, status, content, **headers):
+            self.leave()  # before the client has its answer, and asks again
             self.send_response(status)
             for name, value in {"Content-Length": str(len(content)), **headers}.items():
                 self.send_header(name.replace("_", "-"), value)

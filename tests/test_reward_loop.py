@@ -161,14 +161,16 @@ def test_a_checkpoint_is_written_before_an_error_of_a_reward_comes_through(tmp_p
 
 
 def test_an_interrupt_does_not_wait_for_a_reward_that_hangs():
-    released = threading.Event()
+    released, interrupted = threading.Event(), threading.Lock()
 
     def hangs(completions):
-        os.kill(os.getpid(), signal.SIGINT)
+        if interrupted.acquire(blocking=False):  # a second signal would reach whoever comes after the run
+            os.kill(os.getpid(), signal.SIGINT)
         released.wait(30)
         return length(completions)
 
     for settings in ({}, {"batch_size": 1}):
+        interrupted = threading.Lock()
         start = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             train(make(), guard(hangs, **settings))

@@ -186,8 +186,8 @@ def _run_rotary(
 ) -> Any:
     is_usual = q.dim() == k.dim() == 4 and cos.dim() == sin.dim() == 3 and cos.shape[1] == q.shape[2] == k.shape[2]
     is_whole = cos.shape[-1] == q.shape[-1] == k.shape[-1]
-    if q.dtype == k.dtype == torch.bfloat16 and cos.dtype == sin.dtype == torch.float32:  # under autocast
-        q, k = q.float(), k.float()
+    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu") and cos.dtype == sin.dtype == torch.float32:
+        q, k = q.float(), k.float()  # which is what the model's own product with fp32 angles makes of them
     if rest or named or not is_usual or not (is_whole or is_partial) or not is_native(q, k, cos, sin):
         return own(q, k, cos, sin, *rest, **named)
     return _run_rotary_pair(q, k, cos, sin)
