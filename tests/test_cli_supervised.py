@@ -52,6 +52,14 @@ def test_reward_trains_a_model_that_a_run_can_be_scored_with(here, capsys):
     assert good > bad
 
 
+def test_a_model_of_another_kind_is_replaced_wholly(here):
+    arguments = ["sft", "--model_name_or_path", "base", "--dataset_name", "texts.jsonl", "--output_dir", "out", *QUIET]
+    assert main([*arguments, "--max_steps", "1", "--use_peft", "true"]) == 0
+    assert main([*arguments, "--max_steps", "1", "--overwrite"]) == 0
+    assert {file.name for file in Path("out").glob("*.safetensors")} == {"model.safetensors"}
+    assert not Path("out", "adapter_config.json").exists()  # transformers would load the old adapter on the old base
+
+
 @pytest.mark.slow
 def test_both_train_adapters_on_a_quantised_base(here):
     pytest.importorskip("bitsandbytes")

@@ -173,6 +173,17 @@ def test_left_padding_does_not_change_a_row():
     torch.testing.assert_close(values[:, 2:], alone_values)
 
 
+@pytest.mark.parametrize("make", [tiny.gpt2, tiny.llama])
+def test_left_padded_rows_go_on_from_their_cache(make):
+    model, ids = tiny.with_value_head(make()), torch.tensor([[0, 0, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    logits, _, values = model(ids, attention_mask=mask)
+    cache = model(ids[:, :4], attention_mask=mask[:, :4], return_past_key_values=True)[3]
+    later, _, later_values = model(ids[:, 4:], past_key_values=cache, attention_mask=mask)
+    torch.testing.assert_close(later, logits[:, 4:])
+    torch.testing.assert_close(later_values, values[:, 4:])
+
+
 def test_shared_layers_share_their_storage():
     model = tiny.with_value_head(tiny.llama())
     reference = create_reference_model(model, num_shared_layers=1)

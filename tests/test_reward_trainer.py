@@ -288,3 +288,14 @@ def test_misuse_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
         config(tmp_path, remove_unused_columns=True)
     with pytest.raises(ValueError, match="expected one"):
         RewardTrainer(new_model(), config(tmp_path), tokenizer=tokenizer, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="are for a model given by its name"):
+        RewardTrainer(new_model(), config(tmp_path), tokenizer=tokenizer, model_init_kwargs={"dtype": "auto"})
+    missing = [{"chosen": "good", "rejected": "bad", "margin": float("nan")}]  # as pandas has it
+    with pytest.raises(ValueError, match="margin=nan, expected a finite number"):
+        RewardTrainer(new_model(), config(tmp_path), train_dataset=missing, tokenizer=tokenizer)
+
+
+def test_a_folder_may_be_given_as_a_path(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
+    new_model().save_pretrained(tmp_path / "base")
+    trainer = RewardTrainer(tmp_path / "base", config(tmp_path), eval_dataset=ROWS, tokenizer=tokenizer)
+    assert trainer.evaluate()["eval_loss"] > 0

@@ -6,12 +6,15 @@ from pathlib import Path
 import datasets
 import pytest
 import tiny
+import tiny_seq2seq
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import TrainerCallback, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, TrainerCallback, TrainingArguments
 
 from fastppo import AutoModelForCausalLMWithValueHead, DataCollatorForCompletionOnlyLM, SFTConfig, SFTTrainer, ops
-from fastppo.trainers.documents import IGNORED
+from fastppo.models.passes import passing
+from fastppo.trainers.documents import IGNORED, Documents
+from fastppo.trainers.token_loss import token_loss
 
 QUIET = {"disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "use_cpu": True, "report_to": "none"}
 
@@ -219,6 +222,9 @@ def test_no_pickle_is_written_or_read(tmp_path):
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     with pytest.raises(ValueError, match="from_pretrained"):
         trainer.train(resume_from_checkpoint=True)
+    trainer.args.resume_from_checkpoint = str(tmp_path)  # as a flag of the command line does
+    with pytest.raises(ValueError, match="checkpoints hold the model only"):
+        trainer.train()
 
 
 def lora():
@@ -368,5 +374,42 @@ def test_rows_fit_the_models_context_by_default(tmp_path):
     trainer = SFTTrainer(model, config(tmp_path, max_steps=1), train_dataset=long, tokenizer=words)
     assert len(trainer.train_dataset[0]["input_ids"]) == 16
     trainer.train()
-    longer = SFTTrainer(model, config(tmp_path), train_dataset=long, tokenizer=words, max_seq_length=20)
-    assert len(longer.train_dataset[0]["input_ids"]) == 20
+    with pytest.raises(ValueError, match="max_seq_length=20, but the model has 16 positions"):
+        SFTTrainer(model, config(tmp_path), train_dataset=long, tokenizer=words, max_seq_length=20)
+
+
+@pytest.mark.parametrize(("name", "other"), [("max_length", "max_seq_length"), ("max_seq_length", "max_length")])
+def test_a_length_given_to_the_trainer_goes_first(tmp_path, name, other):
+    rows = [{"text": "w3 w4 " * 20}]
+    args = config(tmp_path, **{other: 12})
+    trainer = SFTTrainer(tiny.gpt2(), args, train_dataset=rows, tokenizer=tiny.tokenizer(), **{name: 8})
+    assert len(trainer.train_dataset[0]["input_ids"]) == 8
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="BartForConditionalGeneration is an encoder-decoder"):
+        SFTTrainer(tiny_seq2seq.network("bart"), config(tmp_path), tokenizer=tiny.tokenizer())
+
+
+def test_transformers_own_collator_leaves_the_labels_as_they_are(tmp_path):
+    words = tiny.tokenizer()
+    rows = [{"prompt": "w3 w4", "completion": " w5"}, {"prompt": "w6", "completion": " w7 w8 w9"}]
+    collator = DataCollatorForLanguageModeling(words, mlm=False)
+    trainer = SFTTrainer(tiny.llama(), config(tmp_path), collator, train_dataset=rows, tokenizer=words)
+    labels = next(iter(trainer.get_train_dataloader()))["labels"]
+    assert sorted(labels[labels >= 0].tolist()) == [2, 2, 5, 7, 8, 9]
+    words.mask_token = "w9"
+    with pytest.raises(ValueError, match="mlm=True"):
+        SFTTrainer(tiny.llama(), config(tmp_path), DataCollatorForLanguageModeling(words), tokenizer=words)
+
+
+def test_gradients_under_fp16_are_not_lost_before_they_are_scaled():
+    model, documents = tiny.llama(), Documents(*[(torch.arange(3, 30),)] * 2)
+    scale, count, found = 2.0**16, torch.tensor(2**17), []
+    for is_half in (False, True):
+        model.zero_grad()
+        with passing(model), torch.autocast("cpu", torch.float16, enabled=is_half):
+            loss = token_loss(model, documents, count)
+        (loss * scale).backward()
+        found.append(model.model.norm.weight.grad.clone())
+    torch.testing.assert_close(found[1], found[0], rtol=0.02, atol=0.02 * float(found[0].abs().max()))

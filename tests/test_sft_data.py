@@ -138,6 +138,8 @@ def test_what_a_dataset_cannot_mean_is_refused(tokenizer):
         encode([{"prompt": "the", "completion": 5}], tokenizer)
     with pytest.raises(ValueError, match="has no chat template"):
         encode([{"messages": [{"role": "user", "content": "the cat"}]}], tokenizer)
+    with pytest.raises(ValueError, match="completion_only_loss=True with formatting_func="):
+        encode([{"text": "the cat"}], tokenizer, formatting_func=lambda row: row["text"], completion_only=True)
     with pytest.raises(ValueError, match="the text 'the cat', expected a chat"):
         encode([{"text": "the cat"}], tokenizer, assistant_only=True)
 
@@ -157,6 +159,12 @@ def test_tokenised_rows_stay_as_they_are(tokenizer):
         {"input_ids": [3, 4, 5], "labels": [IGNORED, 4, 5]},
         {"input_ids": [6, 7, 8], "labels": [IGNORED, IGNORED, 8]},
     ]
+
+
+def test_padding_of_tokenised_rows_is_not_learned(tokenizer):
+    left = {"input_ids": [0, 0, 3, 4], "attention_mask": [0, 0, 1, 1]}
+    right = {"input_ids": torch.tensor([3, 4, 0]), "attention_mask": torch.tensor([1, 1, 0]), "labels": [3, 4, 0]}
+    assert encode([left, right], tokenizer) == [{"input_ids": [3, 4], "labels": [IGNORED, 4]}] * 2
 
 
 CHAT = [
@@ -262,6 +270,14 @@ def test_turns_between_templates_are_learned_and_the_last_question_is_not(tokeni
     by_ids = DataCollatorForCompletionOnlyLM(ids("bot:"), ids("user:"), tokenizer=tokenizer)
     same = encode([{"text": text} for text in texts], tokenizer, answers=by_ids)
     assert [learned(row, tokenizer) for row in same] == ["sat on ran </s>", "sat on"]
+
+
+def test_the_old_collator_s_own_mark_is_not_taken_for_a_token(tokenizer):
+    collator = DataCollatorForCompletionOnlyLM(ids("sat"), tokenizer=tokenizer, ignore_index=-1)
+    [row] = encode([{"text": "the cat sat on"}], tokenizer, answers=collator)
+    assert row["labels"] == [IGNORED, IGNORED, IGNORED, *ids("on </s>")]
+    [row] = encode([{"input_ids": ids("the cat sat on")}], tokenizer, answers=collator)
+    assert row["labels"] == [IGNORED, IGNORED, IGNORED, *ids("on")]
 
 
 def test_templates_that_cannot_work_are_refused(tokenizer):

@@ -11,6 +11,9 @@ from fastppo.cli.data import hold_out, read_rows
 from fastppo.cli.loading import load_tokenizer
 from fastppo.cli.train import DTYPES, lora_config
 
+# Files that say what the model in a folder is; none is left of one that --overwrite replaces.
+_WEIGHTS = ("adapter_config.json", "reward_adapter.json", "*.safetensors", "*.safetensors.index.json")
+
 
 @dataclass
 class SupervisedArguments:
@@ -110,7 +113,11 @@ def _without_empty(row: dict[str, Any]) -> dict[str, Any]:
 def _train(trainer: Any, use: str | None) -> int:
     folder = trainer.args.output_dir
     trainer.save_metrics("train", trainer.train().metrics)
+    held = {path: path.stat().st_ino for pattern in _WEIGHTS for path in Path(folder).glob(pattern)}
     trainer.save_model()
+    for path, number in held.items():  # an adapter that is left there would be loaded instead of the new model
+        if path.stat().st_ino == number:
+            path.unlink()
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)

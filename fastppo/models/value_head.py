@@ -212,7 +212,7 @@ class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             output_hidden_states=True,
-            **_places(attention_mask, kwargs),
+            **_places(input_ids, attention_mask, kwargs),
         )
         values = self.v_head(output.hidden_states[-1]).squeeze(-1)
         result = (output.logits.float(), output.loss, values)
@@ -225,7 +225,7 @@ class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
         Raises ValueError without a reward adapter.
         """
         kwargs.pop("ppo_adapter_name", None)  # TRL's; the adapter that was on is on again afterwards
-        return reward_scores(self, input_ids, attention_mask, **_places(attention_mask, kwargs))
+        return reward_scores(self, input_ids, attention_mask, **_places(input_ids, attention_mask, kwargs))
 
 
 class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
@@ -268,8 +268,12 @@ def _checkpointing_method(network: Any, action: str) -> Any:
     return getattr(network, new, None) or getattr(network, old)
 
 
-def _places(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments with the positions that padding on the left asks for, unless they are among them."""
+def _places(input_ids: Tensor | None, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with the positions that padding on the left asks for, unless they are among them.
+
+    A mask is longer than the tokens where a cache holds those before them.
+    """
     if attention_mask is None or "position_ids" in kwargs or bool(attention_mask[:, 0].all()):
         return kwargs
-    return {**kwargs, "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp_min(0)}
+    given = kwargs["inputs_embeds"] if input_ids is None else input_ids
+    return {**kwargs, "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -given.shape[1] :]}

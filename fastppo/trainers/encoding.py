@@ -75,6 +75,11 @@ class Encoder:
     def documents(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Row | None]:
         """Yield each row's tokens and labels, None where there is nothing to learn."""
         remaining = iter(rows)
+        if self.formatting_func is not None and self.completion_only:
+            raise ValueError(
+                "completion_only_loss=True with formatting_func=, in whose texts no completion can be told; give rows "
+                "of `prompt` and `completion` instead, or a DataCollatorForCompletionOnlyLM"
+            )
         format_rows = None if self.formatting_func is None else _Formatter(self.formatting_func)
         while batch := list(islice(remaining, self.batch_size)):
             prepared: list[Row | _Passage]
@@ -91,12 +96,7 @@ class Encoder:
     def _prepare(self, row: Mapping[str, Any]) -> Row | _Passage:
         """Return what a row says in one of the forms that a dataset may have."""
         if "input_ids" in row:
-            ids = torch.as_tensor(row["input_ids"]).tolist()
-            if row.get("labels") is not None:
-                labels = torch.as_tensor(row["labels"]).tolist()
-            else:
-                labels = list(ids) if self.answers is None else self.answers.labels(ids)
-            return {"input_ids": ids, "labels": labels}
+            return self._given(row)
         if "prompt" in row and "completion" in row and not (self.text_field_first and self.text_field in row):
             return self._prompted(row, row["prompt"], row["completion"])
         if self.completion_only:
@@ -109,6 +109,17 @@ class Encoder:
                 "formatting_func="
             )
         return self._chat(row, row[column]) if is_chat(row[column]) else self._passage_of(row[column])
+
+    def _given(self, row: Mapping[str, Any]) -> Row:
+        """Return tokens that a row has already, without what its `attention_mask` says is padding."""
+        columns = {name: torch.as_tensor(row[name]) for name in ("input_ids", "labels") if row.get(name) is not None}
+        if row.get("attention_mask") is not None:
+            kept = torch.as_tensor(row["attention_mask"]).bool()
+            columns = {name: column[kept] for name, column in columns.items()}
+        ids, labels = columns["input_ids"].tolist(), columns.get("labels")
+        if labels is not None:
+            return {"input_ids": ids, "labels": labels.tolist()}
+        return {"input_ids": ids, "labels": list(ids) if self.answers is None else _found(self.answers, ids)}
 
     def _prompted(self, row: Mapping[str, Any], prompt: Any, completion: Any) -> Row | _Passage:
         is_learning_all = self.completion_only is False
@@ -178,8 +189,13 @@ class Encoder:
             if spans is None or (spans and spans[-1][1] == len(passage.text)):
                 labels[-1] = eos
         if self.answers is not None and not self.answers.reads_text:
-            labels = self.answers.labels(ids)
+            labels = _found(self.answers, ids)
         return {"input_ids": ids, "labels": labels}
+
+
+def _found(answers: DataCollatorForCompletionOnlyLM, ids: list[int]) -> list[int]:
+    """Return the answers' tokens, IGNORED elsewhere, whatever the collator has there when it is used by itself."""
+    return [IGNORED if label == answers.ignore_index else label for label in answers.labels(ids)]
 
 
 class _Formatter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,8 @@ class PairEncoder:
             raise ValueError(f"{' and '.join(empty)} of a row has no tokens: {dict(row)!r:.120}; leave such rows out")
         if row.get("margin") is not None:
             pair["margin"] = float(row["margin"])
+            if not math.isfinite(pair["margin"]):
+                raise ValueError(f"a row has margin={row['margin']!r}, expected a finite number, or None for no margin")
         return pair
 
     def _ids(self, row: Mapping[str, Any], side: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -88,7 +89,7 @@ class RewardTrainer(SupervisedTrainer):
     ) -> None:
         settings = _settle(args, max_length)
         set_seed(settings.seed)  # a new score head and a new adapter start at random
-        model = load_classifier(model, model_init_kwargs or {}) if isinstance(model, str) else model
+        model = _load(model, model_init_kwargs or {})
         if model.config.num_labels != 1:
             raise ValueError(f"the model has {model.config.num_labels} labels, expected 1; load it with num_labels=1")
         tokenizer = choose_tokenizer(model, tokenizer, processing_class)
@@ -178,6 +179,15 @@ class RewardTrainer(SupervisedTrainer):
         if self.args.should_save and hasattr(self.model, "peft_config"):
             ends = {ENDS_WITH_EOS: getattr(self.model.config, ENDS_WITH_EOS)}
             write_json(Path(output_dir or self.args.output_dir) / ADAPTER_FILE, ends)
+
+
+def _load(model: Any, options: dict[str, Any]) -> Any:
+    """Return a model given by itself, or by its name or directory."""
+    if isinstance(model, (str, os.PathLike)):
+        return load_classifier(os.fspath(model), options)
+    if options:
+        raise ValueError(f"model_init_kwargs={options} are for a model given by its name, got {type(model).__name__}")
+    return model
 
 
 def load_classifier(name: str, options: dict[str, Any]) -> Any:

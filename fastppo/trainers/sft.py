@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -9,14 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments, set_seed
+from transformers import DataCollatorForLanguageModeling, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastppo.engine.prompts import context_length
 from fastppo.models.attach import is_attached
 from fastppo.models.fusions import fused
 from fastppo.models.loading import load_base
-from fastppo.models.network import verify_head
+from fastppo.models.network import is_encoder_decoder, verify_head
 from fastppo.models.passes import pass_tokens, passing
 from fastppo.models.recompute import recomputing
 from fastppo.trainers.completions import DataCollatorForCompletionOnlyLM
@@ -64,6 +65,7 @@ class SFTTrainer(SupervisedTrainer):
         model = _load(model, settings.model_init_kwargs or {}, peft_config)
         self.whole_model = model  # what is saved: a value head too
         network = getattr(model, "pretrained_model", model)
+        _refuse_encoder(network)
         tokenizer = choose_tokenizer(network, tokenizer, processing_class)
         answers = data_collator if isinstance(data_collator, DataCollatorForCompletionOnlyLM) else None
         encoder = make_encoder(settings, network, tokenizer, formatting_func, answers, more.get("dataset_text_field"))
@@ -72,7 +74,7 @@ class SFTTrainer(SupervisedTrainer):
         super().__init__(
             model=network,
             args=settings,
-            data_collator=side_by_side if data_collator is None or (answers and not is_prepared) else data_collator,
+            data_collator=data_collator if is_prepared and data_collator else _collator(data_collator),
             train_dataset=train_dataset if is_prepared else prepare(train_dataset, encoder, settings.packing),
             eval_dataset=eval_dataset if is_prepared else prepare(eval_dataset, encoder, eval_packing),
             processing_class=tokenizer,
@@ -159,11 +161,27 @@ class SFTTrainer(SupervisedTrainer):
 
 def _load(model: Any, options: dict[str, Any], peft_config: Any) -> Any:
     """Return a model given by itself or by its name, with a new adapter if a configuration is given."""
-    if isinstance(model, str):
+    if isinstance(model, (str, os.PathLike)):
         return load_base(model, peft_config=peft_config, **options).model
     if options:
         raise ValueError(f"model_init_kwargs={options} are for a model given by its name, got {type(model).__name__}")
     return add_adapter(model, peft_config)
+
+
+def _refuse_encoder(model: Any) -> None:
+    if is_encoder_decoder(model):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder, whose decoder alone would be trained, expected a causal "
+            "model; fine-tune it with transformers' Seq2SeqTrainer"
+        )
+
+
+def _collator(given: Any) -> Any:
+    """Return what collates rows whose labels are made already, instead of collators that would make them."""
+    if isinstance(given, DataCollatorForLanguageModeling) and given.mlm:
+        raise ValueError("data_collator masks tokens (mlm=True), expected mlm=False, or no data_collator")
+    makes_labels = isinstance(given, (DataCollatorForLanguageModeling, DataCollatorForCompletionOnlyLM))
+    return side_by_side if given is None or makes_labels else given
 
 
 def _refuse_logits(trainer_arguments: Mapping[str, Any]) -> None:
@@ -176,6 +194,9 @@ def make_encoder(
 ) -> Encoder:
     """Return the encoder that the settings ask for; a column that was named to the trainer itself goes first."""
     length = settings.max_seq_length or settings.max_length or _default_length(model, tokenizer)
+    context = context_length(model)
+    if context is not None and length > context:
+        raise ValueError(f"max_seq_length={length}, but the model has {context} positions; lower it to {context}")
     return Encoder(
         tokenizer,
         length,

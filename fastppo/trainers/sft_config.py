@@ -52,11 +52,6 @@ class SFTConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         pin_memory_if_useful(self)
-        if None not in (self.max_length, self.max_seq_length) and self.max_length != self.max_seq_length:
-            raise ValueError(
-                f"max_length={self.max_length} and max_seq_length={self.max_seq_length} are two names of one setting; "
-                "set one of them"
-            )
         check_settings(self)
 
 
@@ -66,6 +61,11 @@ def check_settings(args: Any) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if None not in (args.max_length, args.max_seq_length) and args.max_length != args.max_seq_length:
+        raise ValueError(
+            f"max_length={args.max_length} and max_seq_length={args.max_seq_length} are two names of one setting; "
+            "set one of them"
+        )
     unknown = sorted(set(args.dataset_kwargs or {}) - _DATASET_KWARGS)
     if unknown:
         raise ValueError(f"dataset_kwargs has {unknown}, expected some of {sorted(_DATASET_KWARGS)}; leave them out")
@@ -87,8 +87,9 @@ def settle(args: TrainingArguments | None, given: dict[str, Any]) -> tuple[Any, 
     own = {f.name: f.default for f in dataclasses.fields(SFTConfig) if f.name in SFTConfig.__annotations__}
     missing = {name: default for name, default in own.items() if not hasattr(settings, name)}
     chosen = {name: given[name] for name in (*own, "neftune_noise_alpha") if given.get(name) is not None}
-    if chosen.get("max_seq_length") is not None:
-        chosen["max_length"] = None
+    for name, other in (("max_seq_length", "max_length"), ("max_length", "max_seq_length")):
+        if name in chosen:  # two names of one setting
+            chosen.setdefault(other, chosen[name])
     for name, value in (missing | chosen).items():
         setattr(settings, name, value)
     idle = sorted(name for name in _OBSOLETE if given.get(name) is not None)

@@ -20,9 +20,10 @@ class SupervisedTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Run the training and return transformers' TrainOutput."""
-        if resume_from_checkpoint:
+        resumed = resume_from_checkpoint or self.args.resume_from_checkpoint
+        if resumed:
             raise ValueError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r}: checkpoints hold the model only, expected None; "
+                f"resume_from_checkpoint={resumed!r}: checkpoints hold the model only, expected None; "
                 "load the model with from_pretrained(checkpoint) and train the remaining steps"
             )
         if self.args.push_to_hub:

@@ -20,7 +20,7 @@ def token_loss(model: nn.Module, documents: Documents, count: Tensor, noise_alph
     """Return Σ -log p(token | its document before it) / count over the tokens to learn, a scalar, fp32 or wider.
 
     Runs inside `models.passes.passing`. `noise_alpha` is NEFTune's, for a model in training mode. The head sees only
-    the tokens to learn; under autocast it computes in autocast's dtype, and its losses are fp32.
+    the tokens to learn; under autocast it computes in bf16, or in fp32 where that is fp16, and its losses are fp32.
     """
     with noisy_embeddings(model, documents.tokens, noise_alpha):
         hidden, _ = sequence_hidden(model, documents.tokens)
@@ -44,7 +44,11 @@ def token_loss(model: nn.Module, documents: Documents, count: Tensor, noise_alph
 
 def _computed_dtype(weight: Tensor) -> torch.dtype:
     device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if not torch.is_autocast_enabled(device):
+        return weight.dtype
+    # Gradients are formed before a scaler multiplies the loss, and are too small for fp16 until then.
+    dtype = torch.get_autocast_dtype(device)
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 @contextmanager
