@@ -241,6 +241,10 @@ def _encode(prompt: Any, completion: str, tokenizer: Any, limit: int, add_eos: b
 def _limit(model: Any, tokenizer: Any) -> int:
     """Return how many tokens model and tokenizer take."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions:  # those of RoBERTa and its like begin behind one that stands for padding
+        tables = [part for name, part in model.named_modules() if name.endswith(".position_embeddings")]
+        padding = [part.padding_idx for part in tables if getattr(part, "padding_idx", None) is not None]
+        positions -= max(padding, default=-1) + 1
     return min(positions or _NO_LIMIT, _NO_LIMIT if tokenizer is None else tokenizer.model_max_length)
 
 

@@ -103,6 +103,28 @@ def test_bad_calls_are_answered(monkeypatch):
     assert "unexpected keyword argument" in fails("exception", call("add", third=1))
 
 
+def test_a_turn_may_have_more_than_ten_calls():
+    codec = scripted.tokenizer(eos="<|im_end|>", template=TEMPLATE)
+    parts = ChatCalls("", codec, {"add": add}).answer("", [f"<{i}>" for i in range(12)])
+    between = "\n</tool_response><tool_response>\n"
+    expected = "<|im_end|>\n<|im_start|>user<tool_response>\n"
+    expected += between.join(f"<{i}>" for i in range(12))
+    assert "".join(part.text for part in parts).startswith(expected + "\n</tool_response><|im_end|>")
+
+
+def test_half_a_character_and_endless_brackets_are_data(monkeypatch):
+    def response(text):
+        env = environment(max_turns=1, generation_kwargs={"max_new_tokens": 300})
+        scripted.say(monkeypatch, [f"<tool_call>{text}</tool_call><|im_end|>" + "x" * 300])
+        *_, (history,) = env.run(["go"])
+        return history.calls[0].response
+
+    assert response('{"name": "\\ud800", "arguments": {}}') == "Unknown tool ?."
+    assert "concatenate" in response('{"name": "add", "arguments": {"first": "\\ud800", "second": 1}}')
+    request = ChatCalls("", scripted.tokenizer(template=TEMPLATE), {}).requests(f"<tool_call>{'[' * 9**5}</tool_call>")
+    assert request[0].error == "unparsable"
+
+
 def test_arguments_may_be_a_json_text(monkeypatch):
     scripted.say(
         monkeypatch,

@@ -76,11 +76,12 @@ def test_a_history_is_shown_in_colours(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     history = TextHistory("What?", torch.tensor([4, 5]))
     history.append_segment("[this]", torch.tensor([6]), system=False)
+    history.append_segment("", torch.tensor([299]), system=False)  # beyond the tokenizer's vocabulary
     history.reward = 0.5
     history.show_text(show_legend=True)
     history.show_tokens(tiny.tokenizer())
     shown = capsys.readouterr().out
-    for text in ("What?", "[this]", "Reward: 0.5", "Model", "w4", "w6"):
+    for text in ("What?", "[this]", "Reward: 0.5", "Model", "w4", "w6", "<299>"):
         assert text in shown
     assert shown.count("\x1b[") > 8
 
@@ -90,6 +91,7 @@ def test_a_history_is_shown_in_colours(monkeypatch, capsys):
     [
         ("<request><Tool1>query<call>", ("Tool1", "query")),
         ("<s>so <request> <Tool1>a > b\n<call> rest", ("Tool1", "a > b\n")),
+        ("<request>2 > 1, so <Tool1>query<call>", ("Tool1", "query")),  # where TRL's query is " 1, so <Tool1>query"
         ("<request>Tool1>query<call>", (None, None)),
         ("<request><Tool1>query", (None, None)),
         ("<Tool1>query<call>", (None, None)),
@@ -130,6 +132,9 @@ def test_what_goes_wrong_with_tools_is_data(monkeypatch):
     def leaving(query):
         raise SystemExit(3)
 
+    def telling(query):
+        raise ValueError(10**5000)
+
     async def later(query):
         return query.upper()
 
@@ -141,9 +146,12 @@ def test_what_goes_wrong_with_tools_is_data(monkeypatch):
         "<request><hanging>a<call>": ("Tool error: no answer within 0.2 seconds", "timeout"),
         "<request><later>a<call>": ("A", ""),
         "<request><number>a<call>": ("17", ""),
+        "<request><half>a<call>": ("a?", ""),
+        "<request><telling>a<call>": ("Tool error: ValueError", "exception"),
     }
     scripted.say(monkeypatch, [called + answer + "<response><submit>" for called, (answer, _) in cases.items()])
     tools = {"hanging": lambda query: time.sleep(3), "number": lambda query: 17}
+    tools |= {"telling": telling, "half": lambda query: "a\ud800"}
     tools |= {"broken": broken, "leaving": leaving, "later": later}
     start = time.monotonic()
     *_, histories = environment(tools=tools, tool_timeout=0.2).run(["a"] * len(cases))
@@ -152,6 +160,13 @@ def test_what_goes_wrong_with_tools_is_data(monkeypatch):
         assert history.text == f"Do: a{called}{answer}<response><submit>"
         assert [(call.response, call.error) for call in history.calls] == [(answer, error)]
         assert history.end_reason == "submit"
+
+
+def test_a_number_too_long_to_be_written_is_an_error_of_its_tool(monkeypatch):
+    scripted.say(monkeypatch, ["<request><huge>a<call>" + "x" * 300])
+    *_, (history,) = environment(tools={"huge": lambda query: 10**5000}, max_turns=1).run(["a"])
+    assert history.calls[0].error == "exception"
+    assert "integer string conversion" in history.calls[0].response
 
 
 @pytest.mark.parametrize("limit", [3, 100, 599, 600])

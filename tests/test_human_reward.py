@@ -159,3 +159,20 @@ def test_what_nobody_answers_in_time_has_no_score_and_can_be_answered_later(tmp_
     answers.write_text(json.dumps({"id": key, "rating": 2}) + "\n")  # mended with an editor
     assert reward(PROMPTS[:1], COMPLETIONS[:1]) == [2.0]
     assert len(lines(questions)) == 1
+
+
+def test_a_new_run_repeats_no_question_and_reads_a_last_line_without_its_end(tmp_path):
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    settings = {"questions": questions, "poll": 0.005, "timeout": 0.02}
+    HumanReward(answers, **settings)(PROMPTS[:2], COMPLETIONS[:2])
+    with open(questions, "a") as file:
+        file.write('{"id": "cut off by a cra')
+    again = HumanReward(answers, **settings)
+    assert again(PROMPTS, COMPLETIONS) == [None] * 3
+    asked = [json.loads(line) for line in questions.read_text().splitlines() if "cut off" not in line]
+    assert [row["completion"] for row in asked] == COMPLETIONS
+    rated = [json.dumps({"id": row["id"], "rating": 3 + i}) for i, row in enumerate(asked)]
+    answers.write_text("\n".join(rated)[:-1])
+    assert again(PROMPTS, COMPLETIONS) == [3.0, 4.0, None]
+    answers.write_text("\n".join(rated))  # as many editors and programs end a file
+    assert again(PROMPTS, COMPLETIONS) == [3.0, 4.0, 5.0]

@@ -375,3 +375,9 @@ def test_what_is_called_in_parts_must_be_free_of_the_policys_network():
     with pytest.raises(ValueError, match=r"batch_size=2 is for rewards that run elsewhere .*ModelReward\(model, batch"):
         Reward(guard(model, batch_size=2))
     assert not Reward(model, policy=RewardPolicy(batch_size=2)).takes_parts
+
+
+def test_a_url_alone_is_not_guarded():
+    with pytest.raises(ValueError, match=r"expected a reward; for a server use URLReward\(url") as raised:
+        guard("http://user:secret@host/", timeout=5)
+    assert "secret" not in str(raised.value)

@@ -134,6 +134,21 @@ def test_a_reward_that_is_always_late_ends_the_run_and_says_so():
     released.set()
 
 
+def test_a_run_that_ends_for_want_of_scores_can_be_continued(tmp_path):
+    calls = []
+
+    def falls_silent(completions):
+        calls.append(1)
+        return length(completions) if len(calls) < 2 else [None] * len(completions)
+
+    with (
+        pytest.warns(UserWarning, match="0 of 4 responses"),
+        pytest.raises(ValueError, match="2 batches in a row had too few scores"),
+    ):
+        train(make(max_skipped_steps=2), falls_silent, output_dir=tmp_path)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000001"]
+
+
 # --- errors that end a run --------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,14 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 from transformers import PreTrainedTokenizerFast as Fast
 
 from fastppo.rewards import ModelReward, Reward
@@ -71,6 +78,17 @@ def test_a_model_with_absolute_positions_and_several_labels():
     torch.testing.assert_close(score(ModelReward(model, tokenizer())), alone(model, TEXTS), atol=1e-5, rtol=0)
     long = score(ModelReward(model, tokenizer()), ["w3 " * 10], ["w4 " * 10])
     torch.testing.assert_close(long, alone(model, ["w3 " * 10 + "w4 " * 6]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_positions_that_stand_for_padding_are_no_room_for_tokens(padding):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = RobertaConfig(vocab_size=64, max_position_embeddings=12, pad_token_id=padding, **sizes)
+    reward = ModelReward(RobertaForSequenceClassification(config), tiny.tokenizer(64))
+    words = [f"w{5 + i}" for i in range(20)]
+    whole, cut = reward(["", ""], [" ".join(words), " ".join(words[: 11 - padding])]).tolist()
+    assert whole == pytest.approx(cut, abs=1e-6)
+    assert whole != pytest.approx(reward([""], [" ".join(words[: 10 - padding])]).item(), abs=1e-6)
 
 
 def test_eos_is_added_where_the_model_was_trained_with_it(tmp_path):

@@ -85,10 +85,8 @@ class TagCalls:
 def parse_tool_call(text: str) -> tuple[str | None, str | None]:
     """Return tool and query of the first `<request><Tool>query<call>`, or (None, None) if there is none."""
     asked = re.search(f"{TagCalls.request}(.*?){TagCalls.call}", text, re.DOTALL)
-    named = asked and re.search("<(.*?)>", asked[1])
-    if not asked or not named:
-        return None, None
-    return named[1], asked[1].split(">", 1)[1]
+    named = asked and re.search("<(.*?)>(.*)", asked[1], re.DOTALL)
+    return (named[1], named[2]) if named else (None, None)
 
 
 class ChatCalls:
@@ -137,12 +135,13 @@ class ChatCalls:
 
     def _make_frame(self, count: int) -> list[str]:
         """Return the template's text around `count` results, from where the model stops writing."""
+        answers = [f"{_STAND_IN}{i}." for i in range(count)]  # none is the beginning of another
         asked = [*self._system, {"role": "user", "content": "question"}]
         said = [*asked, {"role": "assistant", "content": _STAND_IN}]
-        told = [*said, *({"role": "tool", "content": f"{_STAND_IN}{i}"} for i in range(count))]
+        told = [*said, *({"role": "tool", "content": content} for content in answers)]
         before, turn, whole = self._render(asked, True), self._render(said, False), self._render(told, True)
         head = before + _STAND_IN
-        pieces = re.split("|".join(f"{_STAND_IN}{i}" for i in range(count)), whole[len(head) :])
+        pieces = re.split("|".join(map(re.escape, answers)), whole[len(head) :])
         if not turn.startswith(head) or not whole.startswith(turn.rstrip()) or len(pieces) != count + 1:
             raise ValueError(
                 f"this chat template does not append a tool's answer to the turns before it: {turn[len(before) :]!r} "
@@ -163,7 +162,7 @@ def _parse_json_call(text: str) -> Request:
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
         if isinstance(call["name"], str) and isinstance(arguments, dict):
             return Request(call["name"], arguments)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         pass
     return Request("", text.strip(), _UNREADABLE)
 

@@ -164,6 +164,8 @@ class Episodes:
     def _receive(self, episode: _Episode, place: int, result: ToolCall) -> None:
         """Keep a result; with the last one of its turn the segment is written, and the next turn may begin."""
         most = self.limits.tool_characters
+        # Half of a surrogate pair, which JSON may write, is no character that could be encoded.
+        result = replace(result, response=result.response.encode(errors="replace").decode())
         if len(result.response) > most:
             result = replace(result, response=result.response[: most - 3] + "...", is_cut=True)
         episode.results[place] = result
@@ -226,8 +228,15 @@ def _reason(history: TextHistory) -> str:
 
 def _call_of(request: Request, outcome: Outcome) -> ToolCall:
     error = "timeout" if isinstance(outcome.error, TimeoutError) else "exception" if outcome.error is not None else ""
-    response = str(outcome.value) if outcome.error is None else f"Tool error: {outcome.error}"
+    response = f"Tool error: {_said(outcome.error)}" if outcome.value is None else outcome.value
     return ToolCall(request.tool, request.query, response, error, seconds=outcome.seconds)
+
+
+def _said(error: BaseException | None) -> str:
+    try:
+        return str(error)
+    except Exception:  # as an integer of 5,000 digits has no text
+        return type(error).__name__
 
 
 def gained_text(tokenizer: Any, before: list[int], tokens: list[int]) -> str:

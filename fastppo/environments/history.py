@@ -88,7 +88,8 @@ class TextHistory:
         parts = []
         for (start, end), style in self._styled(self.token_spans):
             for token in self.tokens[start:end].tolist():
-                parts += [(tokenizer.convert_ids_to_tokens(token), style), (" ", "")]
+                # A model may have more tokens than its tokenizer.
+                parts += [(tokenizer.convert_ids_to_tokens(token) or f"<{token}>", style), (" ", "")]
         self._show(parts, show_legend)
 
     def show_colour_legend(self) -> None:

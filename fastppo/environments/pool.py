@@ -15,9 +15,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a tool returned, or what it raised: TimeoutError also if it did not return in time."""
+    """What a tool returned, as text, or what it raised: TimeoutError also if it did not return in time."""
 
-    value: Any
+    value: str | None
     error: BaseException | None
     seconds: float
 
@@ -77,9 +77,10 @@ class ToolPool:
     def _run(self, ticket: int, tool: Callable[..., Any], named: Mapping[str, Any], given: Any) -> None:
         start, value, error = monotonic(), None, None
         try:
-            value = tool(*given, **named)
-            if inspect.iscoroutine(value):
-                value = asyncio.run(value)
+            returned = tool(*given, **named)
+            if inspect.iscoroutine(returned):
+                returned = asyncio.run(returned)
+            value = str(returned)  # some cannot be: an integer of 5,000 digits
         except BaseException as raised:  # a tool that calls sys.exit() has failed, like any other
             error = raised
         self._done.put((ticket, Outcome(value, error, monotonic() - start)))

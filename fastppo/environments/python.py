@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import selectors
@@ -17,6 +18,7 @@ from typing import Any
 _GUARD = Path(__file__).with_name("guard.py")
 _GRACE = 0.7  # seconds that the guard has, beyond the code's own, to end everything and to report
 _FIRST_USER = 0x60000000  # ids from here on belong to nobody; each run gets one, so that limits are its own
+_RUNS = itertools.count()  # of this process
 
 
 class PythonRunner:
@@ -146,7 +148,7 @@ class PythonRunner:
     def _settings(self, isolation: str, folder: str, status: int) -> dict[str, Any]:
         folder, user = os.path.realpath(folder), 0
         if os.geteuid() == 0:
-            user = _FIRST_USER + status + os.getpid() * 4096 % 2**24
+            user = _FIRST_USER + (os.getpid() * 4096 + next(_RUNS) % 4096) % 2**24
             os.chown(folder, user, user)
         python = {"python": os.path.realpath(sys.executable), "prefix": os.path.realpath(sys.base_prefix)}
         place = {"folder": folder, "status": status, "user": user, "isolation": isolation, "timeout": self.timeout}

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,9 @@ class HumanReward:
         self._values: dict[Any, float | None] = {None: None, **(_GAINS if compare else _RATINGS)}
         self._known: dict[str, float | None] = {}
         self._asked: set[str] = set()  # ids in the file of questions
+        if self.questions is not None and self.questions.exists():
+            _end_last_line(self.questions)
+            self._asked = _ids(self.questions.read_text(encoding="utf-8", errors="replace").split("\n"))
         self._seen: tuple[int, int] | None = None  # time and size of the file of answers when it was read
         self._refused: set[str] = set()  # its lines that were warned of
         self._update()
@@ -136,7 +140,7 @@ class HumanReward:
             self._update()
 
     def _update(self) -> None:
-        """Read the file of answers, if it has changed; its last line may still be being written."""
+        """Read the file of answers, if it has changed; a last line that is no JSON yet may still be being written."""
         try:
             status = self.answers.stat()
         except FileNotFoundError:
@@ -144,8 +148,8 @@ class HumanReward:
         if (status.st_mtime_ns, status.st_size) == self._seen:
             return
         self._seen = (status.st_mtime_ns, status.st_size)
-        *lines, _ = self.answers.read_text(encoding="utf-8", errors="replace").split("\n")
-        for line in lines:
+        *lines, last = self.answers.read_text(encoding="utf-8", errors="replace").split("\n")
+        for line in [*lines, last] if _ids([last]) else lines:
             if line.strip() and line not in self._refused:
                 self._take_in(line)
 
@@ -205,6 +209,15 @@ def _text(given: Any) -> str:
 def _visible(text: str) -> str:
     """Return a text without characters that a terminal would obey; a model can write any."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+
+
+def _ids(lines: Sequence[str]) -> set[str]:
+    """Return the ids in JSON lines, leaving out what is no such line."""
+    found = set()
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError):
+            found.add(str(json.loads(line)["id"]))
+    return found
 
 
 def _end_last_line(path: Path) -> None:

@@ -54,8 +54,11 @@ class Guarded:
 def guard(reward: Callable[..., Any], **fields: Any) -> Guarded:
     """Return the reward under a policy of its own: `guard(judge, timeout=20, on_error="drop", batch_size=1)`.
 
-    The fields are those of `RewardPolicy`; those that are not named stay the reward's own, or the defaults.
+    The fields are those of `RewardPolicy`; those that are not named stay the reward's own, or the defaults. Raises
+    ValueError for a URL by itself, whose `URLReward` has a policy of its own.
     """
+    if isinstance(reward, str):
+        raise ValueError("guard got a text, expected a reward; for a server use URLReward(url, timeout=..., ...)")
     if isinstance(reward, Guarded):
         return Guarded(reward.function, replace(reward.reward_policy, **fields))
     return Guarded(reward, replace(getattr(reward, "reward_policy", RewardPolicy()), **fields))

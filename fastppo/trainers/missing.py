@@ -27,6 +27,7 @@ class Missing:
         self.skipped = self.in_a_row = 0
         self.folder: RunFolder | None = None
         self._problems: list[Problem] = []  # since the last step
+        self._gave_up: ValueError | None = None
 
     def note(self, problem: Problem) -> None:
         """Remember a failed call, and write it down at once."""
@@ -39,7 +40,7 @@ class Missing:
 
     def has_raised(self, error: BaseException) -> bool:
         """Whether an error that ends the run came from a reward, so that the trainer's state is whole."""
-        return any(problem.error is error for problem in self._problems)
+        return error is self._gave_up or any(problem.error is error for problem in self._problems)
 
     def skips(self, scores: Tensor) -> bool:
         """Whether a batch with these scores (B,) is skipped. Raises ValueError if that goes on."""
@@ -51,9 +52,10 @@ class Missing:
         lost = "".join(f", {int(n)} in {name.partition('/reward_')[2]}" for name, n in self._lost().items() if n)
         what = f"{valid} of {len(scores)} responses of a batch have a score (reward_min_valid={self.min_valid}{lost})"
         if self.in_a_row >= self.max_in_a_row:
-            raise ValueError(
+            self._gave_up = ValueError(
                 f"{self.in_a_row} batches in a row had too few scores; of the last {what}: mend the reward"
             )
+            raise self._gave_up
         warnings.warn(f"{what}; going on to the next prompts", stacklevel=2)
         return True
 
