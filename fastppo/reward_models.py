@@ -231,11 +231,16 @@ def _encode(prompt: Any, completion: str, tokenizer: Any, limit: int, add_eos: b
         text, options = tokenizer.apply_chat_template([*prompt, answer], tokenize=False), {"add_special_tokens": False}
     else:
         text = "\n".join(str(message.get("content", "")) for message in prompt) + completion
+    # What is too long loses its beginning: the completion, which is to be scored, is at the end.
     if add_eos:
-        return {"input_ids": text_ids(text, tokenizer, **options)[:limit]}
-    # The tokenizer cuts, because it knows the tokens that have to stay at the end.
+        return {"input_ids": text_ids(text, tokenizer, **options)[-limit:]}
+    # The tokenizer cuts, because it knows the tokens that have to stay at either end.
     cut = {"truncation": True, "max_length": limit} if limit < _NO_LIMIT else {}
-    return dict(tokenizer(text, **options, **cut))
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "left"
+    try:
+        return dict(tokenizer(text, **options, **cut))
+    finally:
+        tokenizer.truncation_side = side
 
 
 def _limit(model: Any, tokenizer: Any) -> int:

@@ -72,12 +72,13 @@ def test_a_text_that_ends_in_token_0_is_not_taken_for_padded():
 
 
 def test_a_model_with_absolute_positions_and_several_labels():
+    """What does not fit loses its beginning: the completion is what the score is of."""
     torch.manual_seed(3)
     config = {"n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, "num_labels": 3, "initializer_range": 0.3}
     model = GPT2ForSequenceClassification(GPT2Config(vocab_size=tiny.VOCABULARY, **config)).eval()
     torch.testing.assert_close(score(ModelReward(model, tokenizer())), alone(model, TEXTS), atol=1e-5, rtol=0)
     long = score(ModelReward(model, tokenizer()), ["w3 " * 10], ["w4 " * 10])
-    torch.testing.assert_close(long, alone(model, ["w3 " * 10 + "w4 " * 6]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(long, alone(model, ["w3 " * 6 + "w4 " * 10]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("padding", [0, 1])
@@ -86,9 +87,9 @@ def test_positions_that_stand_for_padding_are_no_room_for_tokens(padding):
     config = RobertaConfig(vocab_size=64, max_position_embeddings=12, pad_token_id=padding, **sizes)
     reward = ModelReward(RobertaForSequenceClassification(config), tiny.tokenizer(64))
     words = [f"w{5 + i}" for i in range(20)]
-    whole, cut = reward(["", ""], [" ".join(words), " ".join(words[: 11 - padding])]).tolist()
+    whole, cut = reward(["", ""], [" ".join(words), " ".join(words[-(11 - padding) :])]).tolist()
     assert whole == pytest.approx(cut, abs=1e-6)
-    assert whole != pytest.approx(reward([""], [" ".join(words[: 10 - padding])]).item(), abs=1e-6)
+    assert whole != pytest.approx(reward([""], [" ".join(words[-(10 - padding) :])]).item(), abs=1e-6)
 
 
 def test_eos_is_added_where_the_model_was_trained_with_it(tmp_path):

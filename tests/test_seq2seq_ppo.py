@@ -97,7 +97,7 @@ def check_step(family, **settings):
     stats = trainer.step(queries, responses, scores, masks)
     logprobs, _, _ = plain_step(plain, reference, rate)
     own = torch.as_tensor(stats["objective/logprobs"])
-    torch.testing.assert_close(own[~own.isnan()], logprobs, rtol=0, atol=2e-5)
+    torch.testing.assert_close(own[~own.isnan()], logprobs, rtol=4e-6, atol=2e-5)
     assert not own[torch.arange(8), 0].isnan().any(), "the first token has its log-prob"
     ours, theirs = dict(model.named_parameters()), dict(plain.named_parameters())
     moved = {name: float((theirs[name].detach() - before[name]).abs().max()) for name in theirs}

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastppo.rewards.human import visible
+
 PROMPT, SYSTEM, MODEL, REWARD = "black on grey85", "black on cyan3", "black on deep_sky_blue1", "black on plum1"
 
 
@@ -111,4 +113,4 @@ def _print(parts: list[tuple[str, str]]) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    Console().print(Text.assemble(*parts))
+    Console().print(Text.assemble(*((visible(text), style) for text, style in parts)))

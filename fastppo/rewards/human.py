@@ -111,11 +111,11 @@ class HumanReward:
 
     def _ask_about(self, question: dict[str, str], place: str) -> None:
         wanted = "1 or 2, = for a tie" if self.compare else "1 (bad) to 5 (good)"
-        shown = "".join(f"\n{name.upper()}: {_visible(text)}" for name, text in question.items() if name != "id")
+        shown = "".join(f"\n{name.upper()}: {visible(text)}" for name, text in question.items() if name != "id")
         line = f"\n{place}{shown}\n{'Which is better' if self.compare else 'How good'}? {wanted}, s to skip: "
         typed = self._typed(line)
         while typed not in self._keys:
-            typed = self._typed(f"{_visible(typed)!r} is none of these: {wanted}, s to skip: ")
+            typed = self._typed(f"{visible(typed)!r} is none of these: {wanted}, s to skip: ")
         append_line(self.answers, json.dumps({**question, self._field: self._keys[typed]}, ensure_ascii=False))
         self._known[question["id"]] = self._values[self._keys[typed]]
 
@@ -206,7 +206,7 @@ def _text(given: Any) -> str:
     return str(given)
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Return a text without characters that a terminal would obey; a model can write any."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
 

@@ -69,7 +69,7 @@ class RewardTrainer(SupervisedTrainer):
     Raises ValueError for a model with more than one output and for rows that are no pairs.
     """
 
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga = True  # of transformers that know it; older ones ask whether the model takes loss arguments
 
     def __init__(
         self,
@@ -105,6 +105,7 @@ class RewardTrainer(SupervisedTrainer):
             compute_metrics=compute_metrics or pair_metrics,
             **trainer_arguments,
         )
+        self.model_accepts_loss_kwargs = True
         # transformers' own hook takes all texts of a batch for one.
         self.noise_alpha, self.neftune_noise_alpha = settings.neftune_noise_alpha, None
         self.reads_last_token = reads_last_token(self.model)

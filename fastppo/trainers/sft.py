@@ -42,7 +42,7 @@ class SFTTrainer(SupervisedTrainer):
     whose head is more than a linear layer.
     """
 
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga = True  # of transformers that know it; older ones ask whether the model takes loss arguments
     control: Any
 
     def __init__(
@@ -80,6 +80,7 @@ class SFTTrainer(SupervisedTrainer):
             processing_class=tokenizer,
             **trainer_arguments,
         )
+        self.model_accepts_loss_kwargs = True
         # transformers' own hook takes a packed row for one document.
         self.noise_alpha, self.neftune_noise_alpha = settings.neftune_noise_alpha, None
         verify_head(network)
