@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import re
 import runpy
 import warnings
@@ -63,23 +62,6 @@ def test_calculator_is_learned(seed):
     result = runpy.run_path(str(CALCULATOR), run_name="example")["main"]([f"--seed={seed}"])
     assert result["before"] < 0.3
     assert result["after"] > 0.8
-
-
-def test_sentiment_example_runs(shared_path, tmp_path):
-    path = Path(__file__).parents[1] / "examples" / "sentiment.py"
-    example = runpy.run_path(str(path), run_name="example")
-    settings = {"max_steps": 2, "batch_size": 8, "num_prompts": 16, "prompt_tokens": 6, "max_new_tokens": 6}
-    flags = [f"--{name}={value}" for name, value in settings.items()]
-    model = shared_path("models/stories260k")
-    summary = example["main"]([f"--model_name_or_path={model}", f"--output_dir={tmp_path / 'run'}", *flags])
-    assert summary["steps"] == 2
-    assert -1 <= summary["reward_after"] <= 1
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
-    assert (tmp_path / "run" / "learning_curve.png").stat().st_size > 10_000
-    prompts = tmp_path / "texts.jsonl"
-    prompts.write_text("".join(json.dumps({"text": f"Once upon a time there was {i}"}) + "\n" for i in range(600)))
-    flags += [f"--dataset_name={prompts}", f"--output_dir={tmp_path / 'other'}"]
-    assert example["main"]([f"--model_name_or_path={model}", *flags])["steps"] == 2
 
 
 def test_the_page_about_rewards_runs(tmp_path, monkeypatch):
