@@ -12,7 +12,6 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +22,10 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 WAYS: dict[str, dict[str, Any]] = {
     "full, fp32": {},
-    "LoRA r8, fp32": {"lora": 8},
-    "LoRA r8, 8-bit base": {"lora": 8, "load_in_8bit": True},
+    "LoRA r8, fp32": {"lora_rank": 8},
+    "LoRA r8, 8-bit base": {"lora_rank": 8, "load_in_8bit": True},
 }
 FULL_RATE = 5e-4
-
-
-@contextlib.contextmanager
-def loading(lora: int = 0, **more: Any) -> Iterator[None]:
-    """Let the example load its model this way inside."""
-    import sentiment
-    from peft import LoraConfig
-
-    from fastppo import AutoModelForCausalLMWithValueHead
-
-    class Loader:
-        """Stands for the class in the example."""
-
-        @staticmethod
-        def from_pretrained(name: str) -> Any:
-            """Load the model with what the way adds."""
-            config = LoraConfig(r=lora, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
-            return AutoModelForCausalLMWithValueHead.from_pretrained(name, peft_config=config, **more)
-
-    sentiment.AutoModelForCausalLMWithValueHead = Loader
-    try:
-        yield
-    finally:
-        sentiment.AutoModelForCausalLMWithValueHead = AutoModelForCausalLMWithValueHead
 
 
 def run(way: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -58,13 +33,14 @@ def run(way: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     import sentiment
 
     how = WAYS[way]
-    with tempfile.TemporaryDirectory() as folder, loading(**how), contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         given = {
             "model_name_or_path": arguments.model,
             "seed": seed,
             "learning_rate": arguments.adapter_rate if how else FULL_RATE,
             "max_steps": arguments.max_steps,
             "output_dir": str(Path(folder) / "run"),
+            **how,
         }
         return sentiment.main([part for name, value in given.items() for part in (f"--{name}", str(value))])
 

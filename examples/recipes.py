@@ -63,7 +63,7 @@ def load_policy(args: argparse.Namespace) -> AutoModelForCausalLMWithValueHead:
         from peft import LoraConfig
 
         lora = LoraConfig(
-            r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=args.lora_rank, lora_alpha=args.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
         )
     torch.manual_seed(args.seed)  # the value head and the adapter start at random
     return AutoModelForCausalLMWithValueHead.from_pretrained(
