@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -156,8 +157,8 @@ class PreTrainedModelWrapper(nn.Module):
                 self.pretrained_model.save_pretrained(directory, state_dict={**state, **head}, **kwargs)
             save_critic(self, directory)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Upload the checkpoint that `save_pretrained` writes to a repository of the Hugging Face hub."""
+    def push_to_hub(self, repo_id: str, *, card: str | None = None, **kwargs: Any) -> Any:
+        """Upload what `save_pretrained` writes to a repository of the Hugging Face hub, with a card as its README."""
         import tempfile
 
         from huggingface_hub import HfApi
@@ -166,6 +167,8 @@ class PreTrainedModelWrapper(nn.Module):
         api.create_repo(repo_id, exist_ok=True, private=kwargs.pop("private", None))
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory, **kwargs)
+            if card is not None:
+                (Path(directory) / "README.md").write_text(card, encoding="utf-8")
             return api.upload_folder(repo_id=repo_id, folder_path=directory)
 
     def gradient_checkpointing_enable(

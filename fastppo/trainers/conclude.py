@@ -61,4 +61,4 @@ def _push_if_best(trainer: Any, score: float) -> None:
     kwargs = trainer.config.push_to_hub_if_best_kwargs
     if kwargs and trainer.current_step % trainer.config.compare_steps == 0 and score > trainer.best_score:
         trainer.best_score = score
-        trainer.model.push_to_hub(**kwargs)
+        trainer.push_to_hub(**kwargs)

@@ -23,6 +23,7 @@ from fastppo.models.storages import MemoryReport
 from fastppo.ops.matmul import row_invariant
 from fastppo.rewards import parse_scores
 from fastppo.trainers import generation, padded, report, setup, state
+from fastppo.trainers.card import create_model_card, model_card
 from fastppo.trainers.conclude import conclude
 from fastppo.trainers.evaluate import evaluate
 from fastppo.trainers.memory import memory_report
@@ -277,11 +278,11 @@ class PPOTrainer:
         """Save the model (or adapter) with its value head, and the tokenizer."""
         state.save_pretrained(self, save_directory, **kwargs)
 
-    _save_pretrained = save_pretrained
+    _save_pretrained, create_model_card = save_pretrained, create_model_card
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Upload the model with its value head to the Hugging Face hub."""
-        return self.model.push_to_hub(repo_id, **kwargs)
+        """Upload the model with its value head to the Hugging Face hub, with a card."""
+        return self.model.push_to_hub(repo_id, card=model_card(self, repo_id), **kwargs)
 
     def save_checkpoint(self, directory: Pathlike, **extra: Any) -> Any:
         """Write everything that continuing bit for bit needs; see `fastppo.checkpoint`."""
