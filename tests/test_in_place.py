@@ -8,7 +8,7 @@ from tolerances import close
 from torch import nn
 
 from fastppo import ops
-from fastppo.models.in_place import embeddings_in_place, place_of_gradient
+from fastppo.models.in_place import GradientMemory, embeddings_in_place, place_of_gradient
 from fastppo.ops import chunks
 
 VOCABULARY = 37
@@ -151,3 +151,38 @@ def test_a_tied_weight_gets_both_parts():
     assert head.grad is place
     for name, weight in model.named_parameters():
         torch.testing.assert_close(weight.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_lie_in_the_same_place_from_step_to_step():
+    weights = [torch.randn(3, 4, requires_grad=True) for _ in range(3)]
+    frozen = torch.randn(2)
+    memory = GradientMemory([*weights, frozen])
+    places = []
+    for factor in (2.0, 5.0):
+        memory.hand_out()
+        (weights[0] * factor).sum().backward()
+        (weights[1][0] * factor).sum().backward()
+        memory.settle()
+        assert weights[2].grad is None
+        assert frozen.grad is None
+        torch.testing.assert_close(weights[0].grad, torch.full((3, 4), factor))
+        torch.testing.assert_close(weights[1].grad[0], torch.full((4,), factor))
+        assert not weights[1].grad[1:].any()
+        places.append([weight.grad.data_ptr() for weight in weights[:2]])
+        for weight in weights:
+            weight.grad = None
+    assert places[0] == places[1]
+
+
+def test_a_parameter_that_a_minibatch_does_not_reach_is_not_moved_by_its_momentum():
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer, memory = torch.optim.Adam(weights, lr=0.1), GradientMemory(weights)
+    for reached in ((0, 1), (0,)):
+        before = [weight.detach().clone() for weight in weights]
+        memory.hand_out()
+        for number in reached:
+            weights[number].sum().backward()
+        memory.settle()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert [not torch.equal(*pair) for pair in zip(before, weights, strict=True)] == [n in reached for n in (0, 1)]

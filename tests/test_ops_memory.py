@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastppo import ops
-from fastppo.ops import chunks
+from fastppo.ops import chunks, logit_memory
 
 ROWS, HIDDEN, VOCABULARY, CHUNK = 400, 8, 512, 16
 
@@ -112,3 +112,41 @@ def test_rows_do_not_depend_on_those_after_them():
         every = ops.linear_logprobs(hidden, weight, labels)
     for part, whole in zip(some, every, strict=True):
         assert part.equal(whole[: 2 * CHUNK])
+
+
+def passed(weight, rows):
+    """Walk through the chunks of a head; return where each one's logits lie."""
+    hidden = torch.ones(rows, HIDDEN, dtype=weight.dtype)
+    return [chunk.logits.data_ptr() for chunk in chunks.passes(hidden, weight, None, None)]
+
+
+def test_logits_of_one_pass_lie_where_those_of_the_one_before_lay():
+    weight = torch.randn(VOCABULARY, HIDDEN)
+    with logit_memory.keeping_logits():
+        first = passed(weight, ROWS)
+        assert set(first) == set(passed(weight, ROWS - CHUNK)) == set(passed(weight + 1, CHUNK))
+        assert len(set(first)) == len(logit_memory._kept) == 1
+        passed(weight.double(), 5)  # another dtype
+        assert len(logit_memory._kept) == 2
+        passed(torch.randn(VOCABULARY + 1, HIDDEN), 5)
+        assert len(logit_memory._kept) == 3
+    assert logit_memory._kept is None
+
+
+def test_a_pass_within_a_pass_has_logits_of_its_own():
+    weight = torch.randn(VOCABULARY, HIDDEN)
+    with logit_memory.keeping_logits():
+        passed(weight, ROWS)
+        for chunk in chunks.passes(torch.ones(ROWS, HIDDEN), weight, None, None):
+            before = chunk.logits.clone()
+            assert chunk.logits.data_ptr() not in passed(-weight, ROWS)
+            assert torch.equal(chunk.logits, before)
+
+
+def test_a_larger_pass_does_not_keep_the_smaller_ones_logits():
+    weight = torch.randn(VOCABULARY, HIDDEN)
+    with logit_memory.keeping_logits():
+        passed(weight, 3)
+        passed(weight, ROWS)
+        (kept,) = logit_memory._kept
+        assert len(kept) == CHUNK

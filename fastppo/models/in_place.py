@@ -1,4 +1,4 @@
-"""Gradients of a vocabulary's weights added to `.grad` where it lies, on the CPU.
+"""Gradients added to `.grad` where it lies, on the CPU: a vocabulary's in a pass, all of them from step to step.
 
 Autograd makes a tensor of the whole weight for every use in every pass, fills it with zeros and adds it, although a
 pass reads few rows of an embedding, and the head's gradient is a sum that can begin with what is there.
@@ -6,7 +6,7 @@ pass reads few rows of an embedding, and the head's gradient is a sum that can b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -53,6 +53,30 @@ def weights_in_place(model: nn.Module) -> list[Tensor]:
     head = language_head(model).weight
     weights = [module.weight for module in found]
     return weights if not _can_take(head) or any(head is weight for weight in weights) else [*weights, head]
+
+
+class GradientMemory:
+    """Gradients that lie in the same place from one optimiser step to the next, on the CPU.
+
+    Made in a backward pass they come to lie between activations, whose memory is then of no use to larger tensors.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        wanted = [p for p in parameters if p.requires_grad and kind_of(p.device) == "cpu"]
+        self._kept = [(parameter, torch.zeros_like(parameter)) for parameter in wanted]
+        self._versions: list[int] = []
+
+    def hand_out(self) -> None:
+        """Give every parameter its gradient, all zeros."""
+        for parameter, grad in self._kept:
+            parameter.grad = grad.zero_()
+        self._versions = [grad._version for _, grad in self._kept]
+
+    def settle(self) -> None:
+        """Take back what nothing was added to: a parameter that no pass reaches has no part in an optimiser's step."""
+        for (parameter, grad), version in zip(self._kept, self._versions, strict=True):
+            if parameter.grad is grad and grad._version == version:
+                parameter.grad = None
 
 
 def _can_take(weight: Tensor) -> bool:

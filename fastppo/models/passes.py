@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from fastppo.models import probe
 from fastppo.models.attach import attached, is_attached, packed_hidden, pinned_rope
 from fastppo.models.exact import NOT_EXACT, exact_linears
+from fastppo.models.heap import heap_kept
 from fastppo.models.network import causal_lm, last_hidden
 from fastppo.models.seq2seq import decoded
 from fastppo.ops.attention import has_kernels
 from fastppo.ops.backends import kind_of
+from fastppo.ops.logit_memory import keeping_logits
 from fastppo.ops.matmul import is_row_invariant
+from fastppo.ops.recipes import keeping_recipes
 from fastppo.types import Samples, offsets_of
 
 # Padding that a group may contain: a forward of its own costs about as much as 256 tokens on a small model.
@@ -90,6 +93,12 @@ def passing(model: nn.Module) -> Iterator[None]:
     A model in training mode whose attention drops scores is padded, for that is its own attention's to do. Raises
     NotImplementedError for a model that neither packing nor padding leaves unharmed.
     """
+    with heap_kept(causal_lm(model).device), keeping_logits(), keeping_recipes(), _laid_out(model):
+        yield
+
+
+@contextmanager
+def _laid_out(model: nn.Module) -> Iterator[None]:
     is_packed = has_kernels(causal_lm(model).device) and bool(probe.trains_packed(model))
     is_packed = is_packed and not (model.training and _drops_scores(model))
     if is_row_invariant():

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fastppo.ops.backends import backend, kind_of, memory_of
+from fastppo.ops.logit_memory import give_back, room
 from fastppo.ops.matmul import FLOAT_TYPES, is_row_invariant, small_linear
 from fastppo.ops.row_types import Reference, Scaling
 
 # Rows of a chunk follow from vocabulary and device alone, so that a result does not depend on how many rows there are.
-_CHUNK_BYTES = {"cpu": 64 * 2**20, "small card": 256 * 2**20, "large card": 1024 * 2**20}
+_CHUNK_BYTES = {"cpu": 48 * 2**20, "small card": 256 * 2**20, "large card": 1024 * 2**20}
 # The matmuls want hundreds of rows: with fewer, reading the weight costs more than the arithmetic.
 _MIN_CHUNK_ROWS = 256
 _ROW_MULTIPLE = 64
@@ -84,22 +85,20 @@ class LogitBuffer:
             self._allocate(rows)
 
     def _allocate(self, rows: int) -> None:
-        self.buffer = self.weight.new_empty(rows, len(self.weight), dtype=self.dtype)
+        self.buffer = room(rows, self.weight, self.dtype)
         self._gradient = self.buffer if self.dtype == self.weight.dtype else None
 
     def fill(self, hidden: Tensor) -> Tensor:
         """Return the raw logits (C, V) of hidden (C, H)."""
         out, transposed = self.buffer[: len(hidden)], self.weight.t()
         if self._is_ours:
-            is_wide = self.dtype == torch.float32
-            logits = small_linear(hidden, self.weight, self.bias, out=out if is_wide else None)
-            return logits if is_wide else out.copy_(logits)
+            wide = small_linear(hidden, self.weight, self.bias, out=out if self.dtype == torch.float32 else None)
+            return wide if wide.dtype == out.dtype else out.copy_(wide)
         if self.dtype != hidden.dtype:
             torch.mm(hidden, transposed, out_dtype=self.dtype, out=out)
             return out if self.bias is None else out.add_(self.bias)
-        if self.bias is None:
-            return torch.mm(hidden, transposed, out=out)
-        return torch.addmm(self.bias, hidden, transposed, out=out)
+        args = hidden, transposed
+        return torch.mm(*args, out=out) if self.bias is None else torch.addmm(self.bias, *args, out=out)
 
     @property
     def parts(self) -> list[Tensor]:
@@ -130,8 +129,10 @@ def passes(
     most = max((rows.stop - rows.start for rows in chunks), default=0)
     buffer = LogitBuffer(weight, bias, most)
     ref_buffer = None if ref is None else LogitBuffer(ref.weight, ref.bias, most)
-    for rows in chunks:
-        other = None
-        if ref is not None and ref_buffer is not None:
-            other = Reference(ref_buffer.fill(ref.hidden[rows]), ref.scaling)
-        yield Chunk(rows, buffer, buffer.fill(hidden[rows]), other)
+    try:
+        for rows in chunks:
+            logits = None if ref is None or ref_buffer is None else ref_buffer.fill(ref.hidden[rows])
+            other = None if ref is None or logits is None else Reference(logits, ref.scaling)
+            yield Chunk(rows, buffer, buffer.fill(hidden[rows]), other)
+    finally:
+        give_back(*(each.buffer for each in (buffer, ref_buffer) if each is not None))

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fastppo import reference_fused
 from fastppo.ops.backends import backend, kind_of, native
+from fastppo.ops.recipes import with_recipe
 
 # Norms' weight gradients are summed over this many blocks of rows at most, one after another within a block.
 _MAX_BLOCKS = 64
@@ -34,7 +35,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected {tuple(x.shape[-1:])}: the last axis of x")
     if not is_native(x, weight):
         return reference_fused.rms_norm(x, weight, eps, offset)
-    return _RMSNorm.apply(x, weight, eps, offset)  # type: ignore[no-any-return]
+    x, weight = x.contiguous(), weight.contiguous()
+    read = x.detach(), weight.detach()
+    y: Tensor = _RMSNorm.apply(x, weight, eps, offset)
+    return with_recipe(y, lambda: _normed(*read, eps, offset)[0])
 
 
 def gated_activation(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
@@ -49,7 +53,11 @@ def gated_activation(gate: Tensor, up: Tensor | None, activation: str) -> Tensor
         raise ValueError(f"gate has shape {tuple(gate.shape)}{other}, expected two equal ones or two halves in one")
     if not is_native(gate, *([] if up is None else [up])):
         return reference_fused.gated_activation(gate, up, activation)
-    return _Gated.apply(gate, up, list(reference_fused.ACTIVATIONS).index(activation))  # type: ignore[no-any-return]
+    gate, up = gate.contiguous(), None if up is None else up.contiguous()
+    read = gate.detach(), None if up is None else up.detach()
+    number = list(reference_fused.ACTIVATIONS).index(activation)
+    y: Tensor = _Gated.apply(gate, up, number)
+    return with_recipe(y, lambda: _gated(*read, number))
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -73,12 +81,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        x, weight = x.contiguous(), weight.contiguous()
-        y, inverse_rms = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+        y, inverse_rms = _normed(x, weight, eps, offset)
         ctx.save_for_backward(x, weight, inverse_rms)
         ctx.scalars = eps, offset
-        addresses = x.data_ptr(), weight.data_ptr(), inverse_rms.data_ptr()
-        native().norm(_shape(x), addresses, ctx.scalars, y.data_ptr())
         return y
 
     @staticmethod
@@ -96,16 +101,20 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dweight, None, None
 
 
+def _normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """Return the normed x, and 1 / √(mean(x²) + eps) (...) in fp32."""
+    y, inverse_rms = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    addresses = x.data_ptr(), weight.data_ptr(), inverse_rms.data_ptr()
+    native().norm(_shape(x), addresses, (eps, offset), y.data_ptr())
+    return y, inverse_rms
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
-        gate, up = gate.contiguous(), None if up is None else up.contiguous()
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        size = gate.shape[-1] // (2 if up is None else 1)
-        y = gate.new_empty(*gate.shape[:-1], size)
-        native().gated(_shape(y), _halves(gate, up), activation, (y.data_ptr(), size))
-        return y
+        return _gated(gate, up, activation)
 
     @staticmethod
     @once_differentiable
@@ -116,6 +125,13 @@ class _Gated(torch.autograd.Function):
         gradients = (dy.data_ptr(), dy.shape[-1]), *_halves(dgate, dup)
         native().gated_gradient(_shape(dy), _halves(gate, up), ctx.activation, gradients)
         return dgate, dup, None
+
+
+def _gated(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
+    size = gate.shape[-1] // (2 if up is None else 1)
+    y = gate.new_empty(*gate.shape[:-1], size)
+    native().gated(_shape(y), _halves(gate, up), activation, (y.data_ptr(), size))
+    return y
 
 
 class _Rotate(torch.autograd.Function):

@@ -19,7 +19,7 @@ from fastppo import ops, ppo
 from fastppo.config import PPOConfig
 from fastppo.models.attach import is_attached
 from fastppo.models.critic import critic_pass, critic_values
-from fastppo.models.in_place import embeddings_in_place, place_of_gradient
+from fastppo.models.in_place import GradientMemory, embeddings_in_place, place_of_gradient
 from fastppo.models.network import evaluating, language_head
 from fastppo.models.offload import offloading
 from fastppo.models.passes import pass_tokens, passing, response_hidden, sample_groups
@@ -34,12 +34,13 @@ def optimise(model: Any, optimizer: Any, experience: Experience, config: PPOConf
     """
     is_warmup = step < config.critic_warmup_steps
     losses: list[LossTerms] = []
+    memory = None if is_warmup else GradientMemory(_trained(optimizer))
     offload = offloading(model) if config.activation_offload else nullcontext()
     with evaluating(model), checkpointing(model), passing(model), embeddings_in_place(model), offload:
         is_packed = is_attached(model)
         for epoch in range(config.ppo_epochs):
             for minibatch in minibatches(experience.samples, config, step, epoch, is_packed):
-                losses.append(train_minibatch(model, optimizer, experience, minibatch, config, is_warmup))
+                losses.append(train_minibatch(model, optimizer, experience, minibatch, config, is_warmup, memory))
                 if not config.is_compat and _drifted(losses[-1], config):
                     return losses
             if _drifted(losses[-1], config):
@@ -94,17 +95,22 @@ def train_minibatch(
     minibatch: Minibatch,
     config: PPOConfig,
     is_warmup: bool = False,
+    memory: GradientMemory | None = None,
 ) -> LossTerms:
     """Accumulate the gradients of one minibatch, group by group, and take the optimiser step if it is sound.
 
     In a warm-up only the critic has gradients; what has none is no part of an optimiser's step.
     """
     optimizer.zero_grad(set_to_none=True)  # whatever an interrupted step left behind
+    if memory is not None:
+        memory.hand_out()
     logprobs, entropies, values = torch.full((3, len(minibatch.weights)), torch.nan).to(minibatch.weights).unbind()
     for group in minibatch.groups:
         tokens = experience.samples.take(group).to(minibatch.weights.device)
         parts = _accumulate(model, experience, minibatch, group, tokens, config, is_warmup)
         logprobs[tokens], entropies[tokens], values[tokens] = parts
+    if memory is not None:
+        memory.settle()
     rows = [row for group in minibatch.groups for row in group]
     tokens = experience.samples.take(rows).to(minibatch.weights.device)
     stats, ratio = _statistics(experience, minibatch, tokens, (logprobs, entropies, values), config)
@@ -184,11 +190,15 @@ def _statistics(
     return stats, ratio
 
 
+def _trained(optimizer: Any) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 @torch.no_grad()
 def _step(optimizer: Any, stats: dict[str, Tensor], config: PPOConfig) -> tuple[Tensor, Tensor]:
     """Take the optimiser step unless the minibatch is unsound; return (skipped, nonfinite), () bool."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    parameters = [parameter for parameter in _trained(optimizer) if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     stats["policy/grad_norm"] = norm
     nonfinite = ~(torch.isfinite(norm) & torch.isfinite(stats["loss/total"]))
     skipped = nonfinite | (stats["policy/ratio_mean"] > config.ratio_threshold)
