@@ -157,7 +157,7 @@ void run(DecodeProgram& program, std::tuple<std::int64_t, Address, Address, Addr
 
 void bind_decode(py::module_& module) {
   py::class_<DecodeProgram>(module, "DecodeProgram", "The operations of a decode step; places are (buffer, column).")
-      .def(py::init<const std::vector<std::int64_t>&>(), py::arg("widths"))
+      .def(py::init<const std::vector<std::int64_t>&, bool>(), py::arg("widths"), py::arg("rounds"))
       .def("embed", &embed)
       .def("normalise", &normalise)
       .def("add", &add)

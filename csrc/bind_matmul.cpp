@@ -43,6 +43,7 @@ void small_matmul(std::tuple<std::int64_t, std::int64_t, std::int64_t> shape, st
       bias_is_bfloat16,
       static_cast<float>(scale),
       accumulate,
+      false,
       at<float>(out_data),
       out_stride,
       four_bits == nullptr ? fastppo::FourBits{} : *four_bits,

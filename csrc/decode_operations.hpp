@@ -109,6 +109,7 @@ struct DecodeStep {
   float* const* buffers;
   const std::int64_t* strides;     // of the buffers' rows
   void* const* packs;              // the shared copies that matmuls read
+  bool rounds;                     // every operation's results to bfloat16, as the modules of a bf16 model do
 };
 
 // What every build of decode_operations.inc.hpp offers.

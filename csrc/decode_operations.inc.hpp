@@ -129,25 +129,53 @@ inline void activate(const ActivateOperation& op, std::int64_t width, const Deco
   }
 }
 
+// Rounds `count` numbers to bfloat16 where they lie.
+inline void round_row(float* x, std::int64_t count) {
+  alignas(64) BFloat16 rounded[Vec::width];
+  std::int64_t i = 0;
+  for (; i + Vec::width <= count; i += Vec::width) {
+    Vec::load(x + i).store(rounded);
+    Vec::load(rounded).store(x + i);
+  }
+  for (; i < count; ++i) {
+    from_float(x[i], rounded);
+    x[i] = to_float(rounded[0]);
+  }
+}
+
 inline void do_row(const DecodeOperation& op, const DecodeRow& row) {
+  Place to = op.embed.to;
+  std::int64_t parts = 1;
   switch (op.kind) {
     case Operation::embed:
-      return embed(op.embed, op.width, row);
+      embed(op.embed, op.width, row);
+      break;
     case Operation::normalise:
-      return normalise(op.normalise, op.width, row);
+      normalise(op.normalise, op.width, row);
+      to = op.normalise.to;
+      parts = op.normalise.groups;
+      break;
     case Operation::add:
-      return add(op.add, op.width, row);
+      add(op.add, op.width, row);
+      to = op.add.to;
+      break;
     case Operation::rotate:
-      return rotate(op.rotate, op.width, row);
+      rotate(op.rotate, op.width, row);
+      to = op.rotate.to;
+      parts = op.rotate.heads;
+      break;
     default:
-      return activate(op.activate, op.width, row);
+      activate(op.activate, op.width, row);
+      to = op.activate.to;
   }
+  if (row.step.rounds) round_row(row.at(to), parts * op.width);
 }
 
 inline void pack_or_multiply(const DecodeOperation& op, const DecodeStep& step, int thread, int threads) {
   const DecodeRow first = {step, 0};
   SmallMatmul matmul = op.multiply.matmul;
   matmul.rows = step.rows;
+  matmul.rounds = step.rounds;
   matmul.x = first.at(op.multiply.from);
   matmul.x_stride = step.strides[op.multiply.from.buffer];
   const std::int64_t shared = op.multiply.shared_pack;

@@ -32,7 +32,7 @@ void run_part(const std::vector<DecodeOperation>& operations, const DecodeStep& 
 
 }  // namespace
 
-DecodeProgram::DecodeProgram(const std::vector<std::int64_t>& widths) {
+DecodeProgram::DecodeProgram(const std::vector<std::int64_t>& widths, bool rounds) : rounds_(rounds) {
   for (const std::int64_t width : widths) strides_.push_back(whole_lines(width));
   if (!strides_.empty()) strides_[0] = widths[0];
 }
@@ -75,6 +75,7 @@ void DecodeProgram::run(DecodeStep step, float* out, int threads) {
   step.buffers = buffers_.data();
   step.strides = strides_.data();
   step.packs = packs_.data();
+  step.rounds = rounds_;
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(threads)
   run_part(operations_, step, omp_get_thread_num(), omp_get_num_threads());

@@ -11,8 +11,9 @@ namespace fastppo {
 
 class DecodeProgram {
  public:
-  // Buffer 0 is the caller's output; the others, of these many columns each, are the program's own.
-  explicit DecodeProgram(const std::vector<std::int64_t>& widths);
+  // Buffer 0 is the caller's output; the others, of these many columns each, are the program's own. All hold floats;
+  // those of a bf16 model, which `rounds`, have no more digits than its modules' results.
+  DecodeProgram(const std::vector<std::int64_t>& widths, bool rounds);
 
   void append(const DecodeOperation& operation) { operations_.push_back(operation); }
   // Keep a list of columns for an operation to point to.
@@ -23,6 +24,7 @@ class DecodeProgram {
  private:
   void make_room(std::int64_t rows);
 
+  bool rounds_;
   std::vector<std::int64_t> strides_;
   std::vector<DecodeOperation> operations_;
   std::deque<std::vector<std::int64_t>> columns_;

@@ -32,15 +32,16 @@ inline Vec per_probability(const RowTerms& t, Vec lp, Vec lq) {
   return has_kl ? fma(lp - lq - Vec::of(t.kl), Vec::of(t.k), base) : base;
 }
 
-template <bool has_kl, typename T>
+// The gradient may lie where the logits do, in bfloat16 too: it never overtakes what is still to be read.
+template <bool has_kl, typename T, typename O>
 inline void gradient_of_block(const T* u, const T* u_ref, std::int64_t count, const Factors& f, const Factors& f_ref,
-                              float factor, const RowTerms& t, T* out) {
+                              float factor, const RowTerms& t, O* out) {
   alignas(64) float z[block_size], z_ref[block_size], slope[block_size];
   if (has_kl) scale_block(u_ref, count, f_ref, z_ref, slope);
   const std::int64_t padded = scale_block(u, count, f, z, slope);
   const LogProb logprob(t.logsumexp), ref_logprob(t.ref_logsumexp);
   const Vec scale = Vec::of(factor);
-  alignas(64) T tail[Vec::width];
+  alignas(64) O tail[Vec::width];
   for (std::int64_t i = 0; i < padded; i += Vec::width) {
     const Vec lp = logprob.of(Vec::load(z + i));
     const Vec lq = has_kl ? ref_logprob.of(Vec::load(z_ref + i)) : lp;
@@ -55,9 +56,9 @@ inline void gradient_of_block(const T* u, const T* u_ref, std::int64_t count, co
   }
 }
 
-template <typename T>
+template <typename T, typename O>
 void gradient_of_row(const HeadRows& rows, std::int64_t row, const Factors& f, const Factors& f_ref, const RowTerms& t,
-                     T* out) {
+                     O* out) {
   const std::int64_t vocabulary = rows.vocabulary, label = rows.labels[row];
   if (t.is_zero()) {
     for (std::int64_t i = 0; i < vocabulary; ++i) from_float(0.0f, out + i);
@@ -119,7 +120,7 @@ void statistics_rows(const HeadRows& rows, const RowStatistics& out) {
   for (std::int64_t row = 0; row < rows.rows; ++row) statistics_of_row<T>(rows, row, f, f_ref, out);
 }
 
-template <typename T>
+template <typename T, typename O>
 void gradient_rows(const HeadRows& rows, const RowStatistics& s, const RowGradients& up, const Matrix& out) {
   const Factors f(rows.scaling), f_ref(rows.ref_scaling);
 #pragma omp parallel for schedule(static) num_threads(rows.threads)
@@ -128,11 +129,11 @@ void gradient_rows(const HeadRows& rows, const RowStatistics& s, const RowGradie
                             at_or_zero(up.logsumexp, row), at_or_zero(up.kl, row),
                             s.logprobs[row], s.entropies[row], at_or_zero(s.kl, row),
                             s.logsumexps[row], at_or_zero(s.ref_logsumexps, row)};
-    gradient_of_row<T>(rows, row, f, f_ref, terms, static_cast<T*>(out.data) + row * out.stride);
+    gradient_of_row<T>(rows, row, f, f_ref, terms, static_cast<O*>(out.data) + row * out.stride);
   }
 }
 
-template <typename T>
+template <typename T, typename O>
 void ppo_rows(const HeadRows& rows, const RowStatistics& s, const PPOTerms& terms, const Matrix& out) {
   const Factors f(rows.scaling), f_ref(rows.ref_scaling);
 #pragma omp parallel for schedule(static) num_threads(rows.threads)
@@ -144,7 +145,7 @@ void ppo_rows(const HeadRows& rows, const RowStatistics& s, const PPOTerms& term
     terms.losses[row] = e == 0 ? c.loss : c.loss + e * s.entropies[row];
     if (out.data == nullptr) continue;
     const RowTerms t = {c.g, e, 0, 0, s.logprobs[row], s.entropies[row], 0, s.logsumexps[row], 0};
-    gradient_of_row<T>(rows, row, f, f_ref, t, static_cast<T*>(out.data) + row * out.stride);
+    gradient_of_row<T>(rows, row, f, f_ref, t, static_cast<O*>(out.data) + row * out.stride);
   }
 }
 
@@ -153,12 +154,17 @@ void statistics(const HeadRows& rows, const RowStatistics& out) {
 }
 
 void gradient(const HeadRows& rows, const RowStatistics& stats, const RowGradients& upstream, const Matrix& out) {
-  rows.logits.is_bfloat16 ? gradient_rows<BFloat16>(rows, stats, upstream, out)
-                          : gradient_rows<float>(rows, stats, upstream, out);
+  const auto run = rows.logits.is_bfloat16 ? gradient_rows<BFloat16, BFloat16>
+                   : out.is_bfloat16       ? gradient_rows<float, BFloat16>
+                                           : gradient_rows<float, float>;
+  run(rows, stats, upstream, out);
 }
 
 void ppo(const HeadRows& rows, const RowStatistics& stats, const PPOTerms& terms, const Matrix& out) {
-  rows.logits.is_bfloat16 ? ppo_rows<BFloat16>(rows, stats, terms, out) : ppo_rows<float>(rows, stats, terms, out);
+  const auto run = rows.logits.is_bfloat16 ? ppo_rows<BFloat16, BFloat16>
+                   : out.is_bfloat16       ? ppo_rows<float, BFloat16>
+                                           : ppo_rows<float, float>;
+  run(rows, stats, terms, out);
 }
 
 void ppo_loss(std::int64_t count, const float* logprobs, const PPOTerms& terms, float* gradients) {

@@ -32,8 +32,8 @@ struct FourBits {
   float offset;
 };
 
-// out[m, n] = scale * sum_k x[m, k] * w[n, k] + bias[n], added to out where `accumulate`. Sums are fp32. All strides
-// are in elements.
+// out[m, n] = scale * sum_k x[m, k] * w[n, k] + bias[n], added to out where `accumulate`. Sums are fp32; with `rounds`
+// what comes of them has no more digits than a bfloat16. All strides are in elements.
 struct SmallMatmul {
   std::int64_t rows, inputs, outputs;
   const float* x;  // (rows, inputs); a bfloat16 weight meets x rounded to bfloat16, as in torch's bf16 Linear
@@ -47,6 +47,7 @@ struct SmallMatmul {
   bool bias_is_bfloat16;
   float scale;
   bool accumulate;
+  bool rounds;
   float* out;  // (rows, outputs)
   std::int64_t out_stride;
   FourBits four_bits;  // nibbles only

@@ -7,14 +7,20 @@ namespace fastppo {
 namespace {
 namespace few_rows {
 
+inline float as_bfloat16_if(bool rounds, float value) {
+  BFloat16 rounded;
+  from_float(value, &rounded);
+  return rounds ? to_float(rounded) : value;
+}
+
 // What makes outputs of the sums of up to twelve of them.
 struct Finish {
   std::int64_t count;
-  bool accumulate;
+  bool accumulate, rounds;
   float factors[tile_outputs];
   float offsets[tile_outputs];
 
-  Finish(const SmallMatmul& m, std::int64_t output, std::int64_t count) : count(count), accumulate(m.accumulate) {
+  Finish(const SmallMatmul& m, std::int64_t output, std::int64_t count) : count(count), accumulate(m.accumulate), rounds(m.rounds) {
     for (std::int64_t o = 0; o < count; ++o) {
       const std::int64_t n = output + o;
       factors[o] = is_int8(m.type) ? m.scale * m.row_scales[n] : m.scale;
@@ -27,7 +33,7 @@ struct Finish {
   void write(const float* sums, float* out, std::int64_t outputs) const {
     for (std::int64_t o = 0; o < outputs; ++o) {
       const float value = sums[o] * factors[o] + offsets[o];
-      out[o] = accumulate ? out[o] + value : value;
+      out[o] = as_bfloat16_if(rounds, accumulate ? out[o] + value : value);
     }
   }
 

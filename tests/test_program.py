@@ -11,8 +11,12 @@ from program_models import MODELS, Staggered, expected_hidden, make_model, some_
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fastppo.engine import steps
+from fastppo.engine.matching import ratio
 from fastppo.engine.program import Program, build_program
 from fastppo.engine.tracing import UnsupportedModelError
+from fastppo.models import probe
+from fastppo.models.exact import exact_linears
 from fastppo.models.loading import adopt_quantised
 
 _native = pytest.importorskip("fastppo._native", reason="fastppo was installed without its C++ extension")
@@ -228,3 +232,30 @@ def test_a_step_of_nothing_is_nothing():
     program = program_of(make_model("llama"))
     empty = torch.zeros(0, dtype=torch.int64)
     assert program.step(empty, empty, empty, [], []).shape == (0, 48)
+
+
+@pytest.mark.parametrize(("scale", "size"), [(1.0, 0.1), (1.0, 1.0), (1.0, 8.0), (0.22, 1.0), (0.5, 1.0), (1.4, 1.0)])
+def test_the_factor_of_what_was_added_is_read_through_bf16(scale, size):
+    """`size` is that of the hidden states beside what is added, which decides how much of it rounding takes."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        before = (size * torch.randn(7, 288, generator=generator)).bfloat16()
+        added = torch.randn(7, 288, generator=generator).bfloat16()
+        after = before + scale * added
+        assert ratio(after - before, added) == pytest.approx(scale, rel=2e-3 if scale != 1 else 0)
+
+
+def almost_mixed(model, sequences):
+    """The program's hidden states, one of which is a little larger."""
+    first, *others = steps._mixed(model, sequences)
+    first[0, 0] *= 1.01
+    return [first, *others]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3"])
+def test_a_program_without_layer_norms_has_the_last_digits_of_the_update(name, dtype):
+    model = make_model(name).to(dtype).eval()
+    with exact_linears(model):
+        assert probe.is_same(model, "the same", steps._mixed, steps._updated)
+        assert not probe.is_same(model, "another", almost_mixed, steps._updated)

@@ -106,6 +106,28 @@ def test_bf16_logits_lose_nothing_but_the_last_rounding(vocabulary, scaling):
     torch.testing.assert_close(du.double(), truth, atol=1e-6, rtol=2**-8)
 
 
+@pytest.mark.parametrize("is_ppo", [False, True])
+@pytest.mark.parametrize("has_ref", [False, True])
+@pytest.mark.parametrize("vocabulary", [1, 7, 128, 1025])
+def test_a_bf16_gradient_may_lie_where_fp32_logits_do(vocabulary, has_ref, is_ppo):
+    u, labels = make_rows(vocabulary)
+    terms, upstream = ppo_loss(torch.randn(ROWS), entropy_coef=0.3), Upstream(*torch.randn(3, ROWS))
+    ref = Reference(torch.randn(ROWS, vocabulary), REF_SCALING) if has_ref else None
+    scaling = SCALINGS[3]
+    stats = row_ops.statistics(u, labels, scaling, ref)
+
+    def gradient(logits, out):
+        if is_ppo:
+            return row_ops.ppo(logits, labels, terms, scaling, out) and out
+        return row_ops.gradient(logits, labels, stats, upstream, scaling, out=out, ref=ref)
+
+    expected = gradient(u, torch.empty(ROWS, vocabulary)).bfloat16()
+    assert gradient(u, torch.empty(ROWS, vocabulary, dtype=torch.bfloat16)).equal(expected)
+    logits = u.contiguous()
+    place = logits.view(torch.bfloat16)[:, :vocabulary]
+    assert gradient(logits, place).equal(expected)
+
+
 def ppo_loss(old, ref=None, kl_coef=0.0, entropy_coef=0.0, rows=ROWS):
     advantages, weights = torch.randn(rows), torch.rand(rows) + 0.1
     return ops.PPOLoss(old, advantages, weights, 0.2, 0.3, entropy_coef, ref, kl_coef)

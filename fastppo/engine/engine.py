@@ -18,7 +18,7 @@ from fastppo.engine.paged import PagedDecoder
 from fastppo.engine.requests import Places, Requests
 from fastppo.engine.sampler import Sampler
 from fastppo.engine.score import Scores, score
-from fastppo.engine.steps import DecodeStep, program_step
+from fastppo.engine.steps import DecodeStep, exact_program_step, program_step
 from fastppo.engine.stopping import Stopping, end_ids
 from fastppo.engine.tiers import slower_decoder
 from fastppo.engine.windowed import WindowDecoder
@@ -282,10 +282,8 @@ class Engine:
 
     def _decode_step(self, cache: PagedCache) -> DecodeStep | None:
         """Return CUDA graphs, or the C++ program if the model has one, with the weights and adapters of this moment."""
-        if self.is_exact:  # it rounds less than the modules that the update runs
-            return None
         if cache is not self._built_for:
-            step = GraphStep if cache.like.is_cuda else program_step
+            step = exact_program_step if self.is_exact else GraphStep if cache.like.is_cuda else program_step
             self._built_for, self._program = cache, step(self.model, cache)
         return self._program if self._program is not None and self._program.refresh() else None
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastppo.engine.linears import Matrix, active, read_linear
+from fastppo.engine.linears import Adapter, Matrix, active, read_linear
 from fastppo.engine.structure import FeedForward, Heads, Layer, Norm, Rope, Structure
 from fastppo.engine.tracing import UnsupportedModelError
 from fastppo.ops.backends import native
@@ -37,7 +38,8 @@ class Listing:
             raise UnsupportedModelError(
                 f"its embedding is {table.dtype} on {table.device}, not fp32 or bf16 on the CPU"
             )
-        self.native = native().DecodeProgram(self.widths())
+        self.rounds = table.dtype is torch.bfloat16
+        self.native = native().DecodeProgram(self.widths(), self.rounds)
         self.embed(table)
         for index, layer in enumerate(structure.layers):
             self.layer(layer, index, groups[index])
@@ -174,7 +176,7 @@ class Listing:
         for module, to in linears:
             matrix = read_linear(module)
             products.append((matrix, to))
-            for adapter in matrix.adapters:
+            for adapter in map(self.rounded, matrix.adapters):
                 products.append((adapter.down, (LOW_RANK, rank)))
                 additions.append((adapter, (LOW_RANK, rank), to))
                 rank += adapter.down.shape[0]
@@ -184,6 +186,13 @@ class Listing:
             self.multiply(matrix, inputs, to, (1.0, False), matrix.type, number == 0)
         for number, (adapter, from_, to) in enumerate(additions):
             self.multiply(adapter.up, from_, to, (adapter.scale, True), -1, number == 0)
+
+    def rounded(self, adapter: Adapter) -> Adapter:
+        """Return an adapter as models/lora.py multiplies with it: in the dtype of the activations."""
+        if not self.rounds:
+            return adapter
+        down, up = (replace(part, weight=part.weight.bfloat16()) for part in (adapter.down, adapter.up))
+        return replace(adapter, down=down, up=up)
 
     def multiply(
         self, matrix: Matrix, from_: Place, to: Place, addition: tuple[float, bool], pack: int, waits: bool

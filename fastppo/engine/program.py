@@ -1,6 +1,7 @@
 """One step of a decoder on the CPU as one C++ call: the list of operations that csrc/decode_program.hpp runs.
 
-The operations read the model's own weights where they lie, adapters unmerged. Activations are fp32 between them.
+The operations read the model's own weights where they lie, adapters unmerged. Activations are fp32 between them, and
+a bf16 model's are rounded where its modules round theirs: what was drawn is what the update computes again.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Program:
         self.windows = tuple(dict.fromkeys(layer.attention.window for layer in layers))  # of each group of layers
         self.layers = tuple(_cache_shape(layer, self.windows) for layer in layers)
         self._ropes = _ropes(model, self._structure)
+        # torch sums a LayerNorm in an order of its own.
+        self.may_be_exact = not self._structure.norm.is_centred
         self.refresh()
 
     def refresh(self) -> None:

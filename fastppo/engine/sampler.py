@@ -25,7 +25,7 @@ class Sampler:
         self.head = language_head(model)
         # The sampler sums a row in another order than the update's statistics do.
         self.is_exact = is_row_invariant()
-        self.logits = ops.LogitBuffer(self.head.weight, self.head.bias, rows, needs_gradient=False)
+        self.logits = ops.LogitBuffer(self.head.weight, self.head.bias, rows)
         self.value_head = getattr(model, "v_head", None)
         self.device = causal_lm(model).device
         possible = sorted(end for end in requests.stopping.ids if 0 <= end < len(self.head.weight))

@@ -15,6 +15,7 @@ from fastppo.engine.tracing import UnsupportedModelError
 from fastppo.models import probe
 from fastppo.models.attach import attached
 from fastppo.models.network import causal_lm, last_hidden
+from fastppo.models.passes import passing, sequence_hidden
 
 
 def module_step(model: Any, cache: PagedCache, ids: Tensor, positions: Tensor, sequences: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ class ProgramStep:
         program, reason = build_program(model)
         if program is None:
             raise NotImplementedError(reason)
-        self._program, self._cache = program, cache
+        self._program, self._cache, self.may_be_exact = program, cache, program.may_be_exact
         self._groups = [cache.windows.index(window or None) for window in program.windows]
 
     def refresh(self) -> bool:
@@ -71,6 +72,21 @@ def program_step(model: Any, cache: PagedCache) -> ProgramStep | None:
     if cache.like.device.type != "cpu" or not probe.verdict(model, "program", _mixed):
         return None
     return ProgramStep(model, cache)
+
+
+def exact_program_step(model: Any, cache: PagedCache) -> ProgramStep | None:
+    """Return the program's step if its results are the update's to the last bit. For use inside of `exact_linears`."""
+    step = program_step(model, cache)
+    if step is None or not step.may_be_exact or not probe.is_same(model, "exact program", _mixed, _updated):
+        return None
+    return step
+
+
+def _updated(model: Any, sequences: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Run the sequences as the update does."""
+    with passing(model):
+        hidden, _ = sequence_hidden(model, sequences)
+    return list(torch.split(hidden, [len(ids) for ids in sequences]))
 
 
 def _mixed(model: Any, sequences: Sequence[Tensor]) -> list[Tensor]:

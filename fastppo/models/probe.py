@@ -70,6 +70,16 @@ def verdict(model: nn.Module, name: str, run: Run) -> Verdict:
     return _remembered(model, name, lambda: _compare(model, run))
 
 
+def is_same(model: nn.Module, name: str, run: Run, other: Run) -> bool:
+    """Whether two ways to run a model give the same last hidden states to the last bit; remembered as verdicts are."""
+
+    def compare() -> Verdict:
+        pairs = zip(*(way(model, random_sequences(model)) for way in (run, other)), strict=True)
+        return Verdict(reason="" if all(a.equal(b) for a, b in pairs) else "its last digits are others")
+
+    return bool(_remembered(model, name, compare))
+
+
 def assume(model: nn.Module, verdicts: Mapping[str, Verdict]) -> None:
     """Take verdicts for granted, by their names: of a model on the meta device, which has no numbers to compare."""
     known = {(name, *_state(model)): verdict for name, verdict in verdicts.items()}

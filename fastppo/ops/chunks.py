@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastppo.ops.backends import backend, kind_of, memory_of
 from fastppo.ops.logit_memory import give_back, room
-from fastppo.ops.matmul import FLOAT_TYPES, is_row_invariant, small_linear
+from fastppo.ops.matmul import FLOAT_TYPES, small_linear
 from fastppo.ops.row_types import Reference, Scaling
 
 # Rows of a chunk follow from vocabulary and device alone, so that a result does not depend on how many rows there are.
@@ -63,20 +63,17 @@ class RefHead(NamedTuple):
 class LogitBuffer:
     """Raw logits of up to `rows` rows, always in the same place, which is that of their gradient too if it can be.
 
-    fp32 or wider on CUDA, and by the native backend if there will be no gradient; else in the weight's dtype. On that
-    backend a row's logits depend on that row alone, but for those of bf16 weights that a gradient follows.
+    fp32 or wider on CUDA and by the native backend, where a row's logits depend on that row alone; else in the weight's
+    dtype.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, *, needs_gradient: bool = True):
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int):
         self.weight, self.bias = weight, bias
-        is_low = weight.dtype in (torch.float16, torch.bfloat16)
-        is_exact, is_native = is_row_invariant(), backend(weight.device) == "native" and weight.dtype in FLOAT_TYPES
-        # From 32,000 words on, in fp32 on two cores, 180 to 205 GFLOP/s, where torch's matmul reaches 90 to 155.
-        self._is_ours = is_native and (is_exact or not needs_gradient or weight.dtype == torch.float32)
-        # bf16 logits cost 0.02 nats a token, as much as a step of PPO moves. Of torch's matmuls only CUDA's can widen;
-        # and where the logits of a decode step must be the update's to the last bit, they must be bf16 as well.
-        widens = kind_of(weight.device) == "cuda" or (self._is_ours and not is_exact)
-        self.dtype = torch.float32 if is_low and widens else weight.dtype
+        # From 32,000 words on, in fp32 on two cores, 180 to 205 GFLOP/s, where torch's matmul reaches 90 to 155. And of
+        # torch's matmuls only CUDA's can widen: bf16 logits cost 0.02 nats a token, as much as a step of PPO moves.
+        self._is_ours = backend(weight.device) == "native" and weight.dtype in FLOAT_TYPES
+        widens = self._is_ours or (kind_of(weight.device) == "cuda" and weight.dtype in (torch.float16, torch.bfloat16))
+        self.dtype = torch.float32 if widens else weight.dtype
         self._allocate(rows)
 
     def make_room(self, rows: int) -> None:
@@ -87,13 +84,14 @@ class LogitBuffer:
     def _allocate(self, rows: int) -> None:
         self.buffer = room(rows, self.weight, self.dtype)
         self._gradient = self.buffer if self.dtype == self.weight.dtype else None
+        if self._is_ours and self._gradient is None:  # the row kernels never overtake what is still to be read
+            self._gradient = self.buffer.view(self.weight.dtype)[:, : len(self.weight)]
 
     def fill(self, hidden: Tensor) -> Tensor:
         """Return the raw logits (C, V) of hidden (C, H)."""
         out, transposed = self.buffer[: len(hidden)], self.weight.t()
         if self._is_ours:
-            wide = small_linear(hidden, self.weight, self.bias, out=out if self.dtype == torch.float32 else None)
-            return wide if wide.dtype == out.dtype else out.copy_(wide)
+            return small_linear(hidden, self.weight, self.bias, out=out)
         if self.dtype != hidden.dtype:
             torch.mm(hidden, transposed, out_dtype=self.dtype, out=out)
             return out if self.bias is None else out.add_(self.bias)
@@ -103,7 +101,8 @@ class LogitBuffer:
     @property
     def parts(self) -> list[Tensor]:
         """The memory that is taken: for logits, and for their gradient where that lies elsewhere."""
-        return [part for part in (self.buffer, self._gradient) if part is not None]
+        apart = self._gradient is not None and self._gradient.data_ptr() != self.buffer.data_ptr()
+        return [self.buffer, *([self._gradient] if apart and self._gradient is not None else [])]
 
     def gradient(self, rows: int) -> Tensor:
         """Return where dLoss/d(logits) of `rows` rows goes, in the weight's dtype."""

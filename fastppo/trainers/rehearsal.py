@@ -150,7 +150,7 @@ def _rollout(network: Network, work: Work, _: _Adam, live: LiveBytes) -> None:
     """Take the cache and the logits of all rows, and compute prompts."""
     model, config = network.model, work.config
     head, rows = language_head(model), min(config.batch_size, work.max_rows)
-    buffer = LogitBuffer(head.weight, head.bias, rows, needs_gradient=False)
+    buffer = LogitBuffer(head.weight, head.bias, rows)
     with torch.no_grad(), evaluating(model):
         if probe.paged(model):
             hidden = _prefill_paged(network, work, live)
