@@ -35,7 +35,11 @@ def schedule(random_numbers: random.Random, vocabulary: int) -> dict[str, Any]:
 
 
 def run_schedules(folder: Path, dtype: str, count: int) -> dict[str, float]:
-    """Generate by `count` random schedules; return how far recorded log-probs are from those of whole forwards."""
+    """Generate by `count` random schedules; return how far recorded log-probs are from those of others.
+
+    `max` and `mean`: transformers' whole forwards in the same dtype; `update_max` and `update_mean`: the forward passes
+    that an update makes.
+    """
     from transformers import AutoModelForCausalLM
 
     from fastppo import Engine, SamplingConfig
@@ -44,15 +48,20 @@ def run_schedules(folder: Path, dtype: str, count: int) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=recompute.DTYPES[dtype]).eval()
     numbers = random.Random(0)
     largest, means, tokens = 0.0, 0.0, 0
+    updates: list[torch.Tensor] = []
     for seed in range(count):
         plan = schedule(numbers, model.config.vocab_size)
         engine = Engine(model, max_rows=plan["max_rows"], seed=seed)
         sampling = SamplingConfig(max_new_tokens=max(plan["limits"]))
         rollout = engine.generate(plan["prompts"], sampling, n=plan["n"], max_new_tokens=plan["limits"])
         gaps = recompute.gaps(truth, rollout.queries, rollout.responses, rollout.split(rollout.logprobs))
+        scores = engine.score(list(rollout.queries), list(rollout.responses))
+        updates.append((scores.logprobs - rollout.logprobs).abs())
         largest, tokens = max(largest, gaps["max"]), tokens + len(rollout.tokens)
         means += gaps["mean"] * len(rollout.tokens)
-    return {"schedules": count, "tokens": tokens, "max": largest, "mean": means / tokens}
+    ours = torch.cat(updates)
+    whole = {"schedules": count, "tokens": tokens, "max": largest, "mean": means / tokens}
+    return whole | {"update_max": float(ours.max()), "update_mean": float(ours.mean())}
 
 
 def resident_bytes() -> int:

@@ -141,7 +141,7 @@ def test_live_tensors_are_counted():
 def test_schedules_find_a_wrong_record(shared_path, monkeypatch):
     stories = shared_path("models/stories260k")
     found = generate_checks.run_schedules(stories, "fp32", 2)
-    assert found["max"] <= 5e-5
+    assert max(found["max"], found["update_max"]) <= 5e-5
     assert found["tokens"] > 50
     plain = recompute.logprobs
     monkeypatch.setattr(recompute, "logprobs", lambda *inputs: [each + 0.01 for each in plain(*inputs)])
