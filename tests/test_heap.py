@@ -1,4 +1,4 @@
-"""The C library's heap while passes run: kept inside, given back after, left alone where it is not ours to set."""
+"""The C library's heap while passes run: kept inside, set back after, left alone where it is not ours to set."""
 
 import ctypes
 import os
@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import tiny_trainers as tiny
 import torch
 
 from fastppo.models import heap
+from fastppo.ops import logit_memory
+from fastppo.trainers import update
 
 CPU = torch.device("cpu")
 HAS_MALLOPT = getattr(ctypes.CDLL(None), "mallopt", None) is not None
@@ -67,6 +70,30 @@ def test_what_a_user_has_set_stays(monkeypatch, name):
     finally:
         monkeypatch.undo()
         heap._mallopt.cache_clear()
+
+
+def test_a_step_keeps_the_heap_its_logits_and_its_gradients(calls, monkeypatch):
+    places, gradients, room, settle = [], [], logit_memory.room, update.GradientMemory.settle
+
+    def noted_room(*arguments):
+        places.append(logit_memory._kept is not None)
+        return room(*arguments)
+
+    def noted_settle(memory):
+        settle(memory)
+        gradients.append([None if p.grad is None else p.grad.data_ptr() for p in trainer.model.parameters()])
+
+    trainer = tiny.trainer(tiny.policy("llama"), mini_batch_size=2, ppo_epochs=2)
+    monkeypatch.setattr("fastppo.ops.chunks.room", noted_room)
+    monkeypatch.setattr(update.GradientMemory, "settle", noted_settle)
+    trainer.step(*tiny.batch())
+    assert calls[-1] == (-1, 2**26)
+    assert calls.count((-1, 2**31 - 1)) >= 2  # to evaluate and to optimise
+    assert places
+    assert all(places)
+    assert len(gradients) == 4  # two epochs of two minibatches
+    assert all(each == gradients[0] for each in gradients)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
 @pytest.mark.skipif(not HAS_MALLOPT, reason="the C library has no mallopt")

@@ -100,9 +100,8 @@ class LogitBuffer:
 
     @property
     def parts(self) -> list[Tensor]:
-        """The memory that is taken: for logits, and for their gradient where that lies elsewhere."""
-        apart = self._gradient is not None and self._gradient.data_ptr() != self.buffer.data_ptr()
-        return [self.buffer, *([self._gradient] if apart and self._gradient is not None else [])]
+        """What takes memory: the logits, and their gradient, which may lie in the same."""
+        return [part for part in (self.buffer, self._gradient) if part is not None]
 
     def gradient(self, rows: int) -> Tensor:
         """Return where dLoss/d(logits) of `rows` rows goes, in the weight's dtype."""
