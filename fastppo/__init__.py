@@ -34,6 +34,7 @@ __all__ = sorted([*_HOMES, *_MODULES])
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
+        import_module("fastppo.ops")  # before transformers, which has torch load what a CPU has no use for
         return getattr(import_module(_HOMES[name]), name)
     if name in _MODULES:
         return import_module(f"fastppo.{name}")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastppo import PPOConfig, PPOTrainer
+from fastppo.trainers import masters
 from fastppo.trainers.masters import MasterAdam
 from tests.tiny_trainers import lora, policy
 
@@ -30,6 +31,39 @@ def test_it_is_adam_on_the_masters():
     assert torch.equal(weight, master.bfloat16())
     # The updates, 20 of 1e-4, are too small for most bf16 weights to move one at a time.
     assert (master - start.float()).abs().mean() > 2e-4
+
+
+@pytest.mark.parametrize("shape", [(300, 7), (5, 900), (1000,), (2, 3, 130), (), (0, 4)])
+def test_slices_change_nothing_but_the_last_digit(monkeypatch, shape):
+    steps = []
+    for at_a_time in (2**20, 256):
+        monkeypatch.setitem(masters._AT_A_TIME, "cpu", at_a_time)
+        weight = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16())
+        optimizer = MasterAdam([weight], lr=1e-2, weight_decay=0.1, decoupled_weight_decay=True)
+        for step in range(3):
+            gradients(weight, step)
+            optimizer.found_inf = torch.tensor(float(step == 1))
+            optimizer.step()
+        steps.append(optimizer.state[weight])
+        assert torch.equal(weight, steps[-1]["master"].bfloat16())
+    for name, whole in steps[0].items():  # torch's scalar tail rounds otherwise than its vectors
+        assert torch.allclose(steps[1][name], whole, rtol=1e-6, atol=1e-9)
+    assert float(steps[1]["step"]) == 2  # the bad one does not count
+
+
+def test_a_large_weight_is_updated_with_a_small_copy_of_its_gradient(monkeypatch):
+    monkeypatch.setitem(masters._AT_A_TIME, "cpu", 1000)
+    sizes, plain = [], masters.adam
+
+    def watched(parameters, gradients, *rest, **named):
+        sizes.append(gradients[0].numel())
+        plain(parameters, gradients, *rest, **named)
+
+    monkeypatch.setattr(masters, "adam", watched)
+    weight = torch.nn.Parameter(torch.randn(95, 100).bfloat16())
+    gradients(weight, 0)
+    MasterAdam([weight]).step()
+    assert sizes == [1000] * 9 + [500]
 
 
 def test_a_bad_step_changes_nothing():

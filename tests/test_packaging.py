@@ -43,6 +43,18 @@ def test_importing_the_package_loads_neither_triton_nor_transformers():
     assert not loaded & {"triton", "transformers", "peft", "accelerate", "datasets", "matplotlib"}
 
 
+@pytest.mark.parametrize("name", ["PPOTrainer", "AutoModelForCausalLMWithValueHead", "Engine"])
+def test_a_trainer_on_a_cpu_build_of_torch_leaves_triton_unloaded_but_at_hand(name):
+    code = f"import sys; from fastppo import {name}; print('triton' in sys.modules, 'transformers' in sys.modules);"
+    code += "import torch, triton; print(triton.__version__, torch.version.cuda is None and torch.version.hip is None)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    loaded, version = done.stdout.splitlines()
+    if version.endswith("False"):
+        pytest.skip("this torch is built for GPUs, whose kernels triton compiles")
+    assert loaded == "False True"
+
+
 def test_public_names_are_sorted_and_exist():
     import fastppo
 

@@ -120,8 +120,8 @@ def test_no_logits_of_all_tokens_exist(tmp_path, monkeypatch):
     monkeypatch.setattr("fastppo.trainers.sft.verify_head", lambda model: None)
     trainer = SFTTrainer(model, args, train_dataset=documents, tokenizer=tiny.tokenizer())
     trainer.train()
-    # 1,200 tokens: two passes of at most 1,024, of each document the five tokens to learn.
-    assert seen == [34 * 5, 6 * 5]
+    # 1,200 tokens: two passes of at most 640, of each document the five tokens to learn.
+    assert seen == [21 * 5, 19 * 5]
 
 
 def test_models_that_cannot_be_packed_are_padded(tmp_path):

@@ -1,7 +1,8 @@
 """The heap of the C library while passes run on the CPU.
 
 glibc gives memory back to the system whenever more than a bound is free at the top of its heap, and a pass frees all
-that it kept: hundreds of megabytes that the next pass takes anew, page by page, each cleared by the kernel first.
+that it kept: hundreds of megabytes that the next pass takes anew, page by page, each cleared by the kernel first. After the
+last one nobody takes them, and glibc may never look: only freeing what lies at the top makes it.
 """
 
 from __future__ import annotations
@@ -25,27 +26,29 @@ _depth = 0
 
 
 @lru_cache(maxsize=1)
-def _mallopt() -> Any:
-    """Return glibc's mallopt; None for another C library, or where the user has set these bounds."""
+def _glibc() -> Any:
+    """Return the C library; None if it is another one, or where the user has set these bounds."""
     is_set = any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"))
-    return None if is_set else getattr(ctypes.CDLL(None), "mallopt", None)
+    library = ctypes.CDLL(None)
+    return None if is_set or not hasattr(library, "malloc_trim") else library
 
 
 @contextmanager
 def heap_kept(device: torch.device) -> Iterator[None]:
-    """Keep freed memory inside, where passes run on the CPU; after it glibc may give back what is free at the top."""
+    """Keep freed memory inside, where passes run on the CPU, and give it back after it."""
     global _depth
-    mallopt = _mallopt() if device.type == "cpu" else None
-    if mallopt is None:
+    glibc = _glibc() if device.type == "cpu" else None
+    if glibc is None:
         yield
         return
     if not _depth:
-        mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
-        mallopt(_M_TRIM_THRESHOLD, _NEVER)
+        glibc.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
+        glibc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
     _depth += 1
     try:
         yield
     finally:
         _depth -= 1
         if not _depth:
-            mallopt(_M_TRIM_THRESHOLD, _USUAL_TRIM)
+            glibc.mallopt(_M_TRIM_THRESHOLD, _USUAL_TRIM)
+            glibc.malloc_trim(0)

@@ -31,7 +31,7 @@ from fastppo.types import Samples, offsets_of
 _FREE_PADDING_TOKENS = 256
 _PADDING_SHARE = 0.15
 # On a CPU more tokens in a pass are no faster; they only keep more activations.
-_CPU_TOKENS = 1024
+_CPU_TOKENS = 640
 
 
 def pass_tokens(device: torch.device) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -21,6 +22,26 @@ _choice = "auto"
 _rehearsed: tuple[str, int] | None = None  # the device that meta tensors stand for, and its bytes
 # What works on numbers of the host, which a rehearsal has.
 _ON_HOST = ("pack", "gae", "checksum")
+
+
+def _leave_triton_unloaded() -> None:
+    """Let torch, where it is built for CPUs alone, take triton for missing: it would load 70 MB that nothing can use.
+
+    torch asks once, when transformers is imported; fastppo and the user can import triton all the same.
+    """
+    is_for_cpus = torch.version.cuda is None and torch.version.hip is None and not torch.xpu._is_compiled()
+    if not is_for_cpus or "triton" in sys.modules:
+        return
+    sys.modules["triton"] = None  # type: ignore[assignment]
+    try:
+        importlib.import_module("torch.utils._triton").has_triton_package()
+    except (ImportError, AttributeError):  # not torch's public interface
+        pass
+    finally:
+        del sys.modules["triton"]
+
+
+_leave_triton_unloaded()
 
 
 class _Silent:

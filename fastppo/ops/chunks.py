@@ -14,7 +14,7 @@ from fastppo.ops.matmul import FLOAT_TYPES, small_linear
 from fastppo.ops.row_types import Reference, Scaling
 
 # Rows of a chunk follow from vocabulary and device alone, so that a result does not depend on how many rows there are.
-_CHUNK_BYTES = {"cpu": 48 * 2**20, "small card": 256 * 2**20, "large card": 1024 * 2**20}
+_CHUNK_BYTES = {"cpu": 32 * 2**20, "small card": 256 * 2**20, "large card": 1024 * 2**20}
 # The matmuls want hundreds of rows: with fewer, reading the weight costs more than the arithmetic.
 _MIN_CHUNK_ROWS = 256
 _ROW_MULTIPLE = 64

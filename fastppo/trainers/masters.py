@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+# Weights that are updated at a time: an fp32 copy of their gradients exists meanwhile, and stays in a CPU's cache.
+_AT_A_TIME = {"cpu": 2**20, "cuda": 2**24}
+
 
 class MasterAdam(torch.optim.Optimizer):
     """Adam as torch defines it on fp32 masters; weights are the masters rounded, and gradients may be of any dtype.
@@ -49,18 +52,25 @@ class MasterAdam(torch.optim.Optimizer):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros(2, *parameter.shape, device=parameter.device).unbind()
             if parameter.dtype != torch.float32:
                 state["master"] = parameter.float()
-        master = state.get("master", parameter)
         assert parameter.grad is not None
+        wholes = state.get("master", parameter), parameter.grad, state["exp_avg"], state["exp_avg_sq"], parameter
+        for master, gradient, mean, square, weight in zip(*map(_slices, wholes), strict=True):
+            step = state["step"].clone()  # the same one for every slice
+            self._adam(master, gradient.float().contiguous(), mean, square, step, group)
+            if "master" in state:
+                weight.copy_(master)
+        state["step"].copy_(step)
+
+    def _adam(
+        self, master: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, step: Tensor, group: dict[str, Any]
+    ) -> None:
         beta1, beta2 = group["betas"]
-        # One weight at a time, so that only one fp32 gradient exists.
         adam(
-            [master], [parameter.grad.float()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
+            [master], [gradient], [mean], [square], [], [step],
             lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
             decoupled_weight_decay=group["decoupled_weight_decay"],
             amsgrad=False, maximize=False, fused=True, found_inf=getattr(self, "found_inf", None),
         )  # fmt: skip
-        if master is not parameter:
-            parameter.copy_(master)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; torch would round it to the dtype of the weights."""
@@ -69,3 +79,11 @@ class MasterAdam(torch.optim.Optimizer):
         for number, entries in state_dict["state"].items():
             parameter = parameters[number]
             self.state[parameter] = {name: value.to(parameter.device).clone() for name, value in entries.items()}
+
+
+def _slices(x: Tensor) -> tuple[Tensor, ...]:
+    """Cut a tensor into rows of a bounded size together, in the same way for every tensor of this shape."""
+    if x.dim() == 0 or x.numel() == 0:
+        return (x,)
+    most = _AT_A_TIME["cpu" if x.device.type == "cpu" else "cuda"]
+    return x.split(max(1, most * len(x) // x.numel()))
