@@ -1,8 +1,8 @@
 """The heap of the C library while passes run on the CPU.
 
 glibc gives memory back to the system whenever more than a bound is free at the top of its heap, and a pass frees all
-that it kept: hundreds of megabytes that the next pass takes anew, page by page, each cleared by the kernel first. After the
-last one nobody takes them, and glibc may never look: only freeing what lies at the top makes it.
+that it kept: hundreds of megabytes that the next pass takes anew, page by page, each cleared by the kernel first. After
+the last one nobody takes them, and glibc may never look: only freeing what lies at the top makes it.
 """
 
 from __future__ import annotations

@@ -86,4 +86,4 @@ def _slices(x: Tensor) -> tuple[Tensor, ...]:
     if x.dim() == 0 or x.numel() == 0:
         return (x,)
     most = _AT_A_TIME["cpu" if x.device.type == "cpu" else "cuda"]
-    return x.split(max(1, most * len(x) // x.numel()))
+    return torch.split(x, max(1, most * len(x) // x.numel()))
