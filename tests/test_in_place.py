@@ -34,10 +34,12 @@ def test_a_heads_gradient_is_added_where_it_is_told_to(dtype, backend, rows_of_a
     row_loss(logprobs, entropies, torch.arange(len(labels))).sum().backward()
     before = torch.randn_like(ours[1])
     weight_grad = before.clone()
+    version = weight_grad._version
     with ops.use_backend(backend):
         loss = ops.linear_loss(*ours[:2], labels, row_loss, bias=ours[2], weight_grad=weight_grad)
         (loss + 0 * ours[0].sum()).backward()
     assert ours[1].grad is None
+    assert weight_grad._version > version  # by which an optimiser's step knows that something was added
     sums = (weight_grad, exact[1].grad + before.double())
     for mine, naive in (sums, (ours[0].grad, exact[0].grad), (ours[2].grad, exact[2].grad)):
         torch.testing.assert_close(mine.double(), naive, **close(dtype, 100 if dtype == torch.float64 else 8))

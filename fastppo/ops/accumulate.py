@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fastppo.ops import rows as row_ops
 from fastppo.ops.backends import backend, native
@@ -99,7 +100,7 @@ def _sum_of(weight: Tensor, is_single: bool, into: Tensor | None) -> _PlainSum |
     if is_single or weight.dtype in (torch.float32, torch.float64):
         return _PlainSum(weight, into)
     if weight.dtype == torch.bfloat16 and backend(weight.device) == "native":
-        return _HalvesSum(weight)
+        return _HalvesSum(weight, into)
     return _WideSum(weight)
 
 
@@ -141,14 +142,15 @@ class _WideSum:
 class _HalvesSum:
     """A sum in fp32 of bf16 products, on the CPU: the upper halves lie where the bf16 gradient is to be.
 
-    So the sum costs 2 bytes a weight beside the gradient itself, not 4.
+    So the sum costs 2 bytes a weight beside the gradient itself, not 4. It begins with what lies in `total`, if that is
+    given.
     """
 
-    def __init__(self, weight: Tensor):
-        self.high = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        self.low = torch.empty_like(self.high)
+    def __init__(self, weight: Tensor, total: Tensor | None):
+        self.is_first = total is None
+        self.high = torch.empty_like(weight, memory_format=torch.contiguous_format) if total is None else total
+        self.low = torch.empty_like(self.high) if total is None else torch.zeros_like(self.high)
         self.product = self.high.new_empty(min(_SLICE_ROWS, len(weight)), weight.shape[1])
-        self.is_first = True
 
     def add(self, du: Tensor, hidden: Tensor) -> None:
         threads = torch.get_num_threads()
@@ -164,4 +166,5 @@ class _HalvesSum:
         if self.is_first:
             return self.high.zero_()
         native().round_halves(self.high.numel(), self.high.data_ptr(), self.low.data_ptr(), torch.get_num_threads())
+        increment_version(self.high)  # written to behind torch's back
         return self.high
