@@ -17,7 +17,7 @@ from typing import Any
 from mutation_list import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("fastppo", "kernels", "csrc", "tests", "setup.py", "pyproject.toml", "README.md")
+PARTS = ("fastppo", "kernels", "csrc", "tests", "benchmarks", "setup.py", "pyproject.toml", "README.md")
 
 
 def copy_checkout(folder: Path) -> None:
