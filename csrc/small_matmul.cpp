@@ -1,5 +1,6 @@
 #include "small_matmul.hpp"
 
+#include <algorithm>
 #include <cstddef>
 
 #include "cpu.hpp"
@@ -14,6 +15,9 @@ namespace {
 // Rows that are packed at a time, which bounds the memory.
 constexpr std::int64_t most_rows = 512;
 
+// Outputs that a thread does before it asks for more. Whoever's core is slowed from outside gets fewer of them.
+constexpr std::int64_t share_outputs = 1024;
+
 void multiply(const SmallMatmul& matmul, void* packed, int threads) {
   const SmallMatmulKernels& kernels = fastppo::kernels().small_matmul;
 #if defined(_OPENMP)
@@ -23,8 +27,10 @@ void multiply(const SmallMatmul& matmul, void* packed, int threads) {
       // A team may have fewer threads than were asked for.
       const int thread = omp_get_thread_num(), num_threads = omp_get_num_threads();
       kernels.pack(matmul, packed, thread, num_threads);
+      const int shares = std::max(num_threads, static_cast<int>(matmul.outputs / share_outputs));
 #pragma omp barrier
-      kernels.part(matmul, packed, thread, num_threads);
+#pragma omp for schedule(dynamic, 1)
+      for (int share = 0; share < shares; ++share) kernels.part(matmul, packed, share, shares);
     }
     return;
   }
