@@ -87,7 +87,7 @@ def test_a_step_keeps_the_heap_its_logits_and_its_gradients(calls, monkeypatch):
     places, gradients, room, settle = [], [], logit_memory.room, update.GradientMemory.settle
 
     def noted_room(*arguments):
-        places.append(logit_memory._kept is not None)
+        places.append(logit_memory._kept.memory is not None)
         return room(*arguments)
 
     def noted_settle(memory):

@@ -138,6 +138,14 @@ def test_what_does_more_than_look_up_is_left_to_autograd(kind):
     assert all(torch.equal(gradient, embedding.weight.grad) for gradient in seen)
 
 
+def test_the_gradient_of_a_weight_that_lies_transposed_does_too():
+    embedding = nn.Embedding(9, 3)
+    embedding.weight.data = embedding.weight.data.t().contiguous().t()
+    assert place_of_gradient(embedding.weight) is None
+    gradient = gradient_of_use(embedding, torch.tensor([1, 1, 4]), is_in_place=True, times=1)
+    assert gradient.stride() == embedding.weight.stride()  # fused optimisers read both as they lie in memory
+
+
 def test_a_tied_weight_gets_both_parts():
     model, ids = tiny.llama(tie=True), torch.tensor([[5, 6, 6, 7, 9]])
     labels = ids[0].roll(-1)

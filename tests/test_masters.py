@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fastppo import PPOConfig, PPOTrainer
 from fastppo.trainers import masters
@@ -51,6 +52,21 @@ def test_slices_change_nothing_but_the_last_digit(monkeypatch, shape):
     assert float(steps[1]["step"]) == 2  # the bad one does not count
 
 
+@pytest.mark.parametrize("at_a_time", [2**20, 20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_weight_that_lies_transposed_is_updated_like_any_other(monkeypatch, dtype, at_a_time):
+    monkeypatch.setitem(masters._AT_A_TIME, "cpu", at_a_time)
+    start = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    usual, turned = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.t().contiguous().t())
+    for weight in (usual, turned):
+        optimizer = MasterAdam([weight], lr=0.1)
+        for step in range(3):
+            gradients(weight, step)
+            optimizer.step()
+    assert not turned.is_contiguous()
+    torch.testing.assert_close(turned, usual, rtol=1e-6, atol=1e-7)
+
+
 def test_a_large_weight_is_updated_with_a_small_copy_of_its_gradient(monkeypatch):
     monkeypatch.setitem(masters._AT_A_TIME, "cpu", 1000)
     sizes, plain = [], masters.adam
@@ -64,6 +80,41 @@ def test_a_large_weight_is_updated_with_a_small_copy_of_its_gradient(monkeypatch
     gradients(weight, 0)
     MasterAdam([weight]).step()
     assert sizes == [1000] * 9 + [500]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_first_step_that_runs_out_of_memory_can_be_taken_again(number):
+    weight = torch.nn.Parameter(torch.full((4,), 300.0, dtype=torch.bfloat16))
+    optimizer, calls = MasterAdam([weight], lr=0.1), []
+
+    class Failing(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function in (torch.zeros, torch.Tensor.to, torch.Tensor.float):
+                calls.append(function)
+                if len(calls) == number + 1:
+                    raise MemoryError
+            return function(*args, **(kwargs or {}))
+
+    gradients(weight, 0)
+    with pytest.raises(MemoryError), Failing():
+        optimizer.step()
+    optimizer.step()
+    assert optimizer.state[weight]["master"].dtype == torch.float32
+    assert float(optimizer.state[weight]["step"]) == 1
+    assert (optimizer.state[weight]["master"] - 300.0).abs().max() > 0.05  # less than a bf16 number can move
+
+
+def test_a_step_that_fails_leaves_no_verdict_behind(monkeypatch):
+    trainer = PPOTrainer(PPOConfig(batch_size=4, mini_batch_size=4, bf16=True), policy("llama"))
+    data = batch(trainer)
+
+    def fail(*arguments, **named):
+        raise MemoryError
+
+    monkeypatch.setattr(masters, "adam", fail)
+    with pytest.raises(MemoryError):
+        trainer.step(*data)
+    assert not hasattr(trainer.optimizer, "found_inf")
 
 
 def test_a_bad_step_changes_nothing():

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import weakref
 from typing import ClassVar
 
 import pytest
@@ -152,3 +153,13 @@ def test_a_step_with_offloading_is_a_step(monkeypatch, make, checkpointing):
 def test_a_cpu_has_nowhere_to_move_them():
     with pytest.raises(ValueError, match=r"activation_offload=True .* this run is on cpu.*gradient_checkpointing=True"):
         tiny.trainer(kind="gpt2", activation_offload=True)
+
+
+def test_a_graph_without_a_backward_pass_is_let_go():
+    model = nn.Linear(3, 3)
+    with offloading(model):
+        y = torch.tanh(model(torch.ones(3)))  # too small to be moved, and kept by its own graph
+    gone = weakref.ref(y)
+    del y
+    gc.collect()
+    assert gone() is None

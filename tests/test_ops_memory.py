@@ -3,6 +3,7 @@
 Counts, not times. The sizes are such that every tensor of interest has a size of its own.
 """
 
+import threading
 from unittest.mock import patch
 
 import pytest
@@ -126,12 +127,12 @@ def test_logits_of_one_pass_lie_where_those_of_the_one_before_lay():
     with logit_memory.keeping_logits():
         first = passed(weight, ROWS)
         assert set(first) == set(passed(weight, ROWS - CHUNK)) == set(passed(weight + 1, CHUNK))
-        assert len(set(first)) == len(logit_memory._kept) == 1
+        assert len(set(first)) == len(logit_memory._kept.memory) == 1
         passed(weight.double(), 5)  # another dtype
-        assert len(logit_memory._kept) == 2
+        assert len(logit_memory._kept.memory) == 2
         passed(torch.randn(VOCABULARY + 1, HIDDEN), 5)
-        assert len(logit_memory._kept) == 3
-    assert logit_memory._kept is None
+        assert len(logit_memory._kept.memory) == 3
+    assert logit_memory._kept.memory is None
 
 
 def test_a_pass_within_a_pass_has_logits_of_its_own():
@@ -149,5 +150,24 @@ def test_a_larger_pass_does_not_keep_the_smaller_ones_logits():
     with logit_memory.keeping_logits():
         passed(weight, 3)
         passed(weight, ROWS)
-        (kept,) = logit_memory._kept
+        (kept,) = logit_memory._kept.memory
         assert len(kept) == CHUNK
+
+
+def test_threads_keep_nothing_of_each_other():
+    is_open, may_end = threading.Event(), threading.Event()
+
+    def use():
+        with logit_memory.keeping_logits():
+            is_open.set()
+            may_end.wait(10)
+
+    other = threading.Thread(target=use)
+    with logit_memory.keeping_logits():  # ends while the other goes on
+        other.start()
+        is_open.wait(10)
+        assert logit_memory._kept.memory == []
+    assert logit_memory._kept.memory is None
+    may_end.set()
+    other.join()
+    assert logit_memory._kept.memory is None

@@ -1,5 +1,7 @@
 """Results that are computed again in the backward pass: the same gradients, to the last bit, from less memory."""
 
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -9,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastppo.models import passes
 from fastppo.ops import fused, recipes
+from fastppo.trainers import update
 
 pytest.importorskip("fastppo._native", reason="built without the C++ extension")
 
@@ -58,8 +61,8 @@ def test_what_is_kept_is_not_the_result():
     kept = []
     with saved_tensors_hooks(lambda tensor: kept.append(recipes._pack(tensor)) or kept[-1], recipes._unpack):
         block(*leaves(torch.float32)).sum().backward()
-    assert sum(isinstance(each, tuple) for each in kept) == 3
-    assert sum(isinstance(each, torch.Tensor) for each in kept) == len(kept) - 3
+    assert sum(isinstance(each[0], recipes.Recipe) for each in kept) == 3
+    assert sum(isinstance(each[0], torch.Tensor) for each in kept) == len(kept) - 3
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,57 @@ def test_a_second_backward_pass_finds_everything_again():
             total.backward()
     for mine, other in zip(ours, usual, strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=0)
+
+
+def test_a_graph_without_a_backward_pass_is_let_go():
+    x = torch.randn(5, requires_grad=True)
+    with recipes.keeping_recipes():
+        y = torch.tanh(2 * x)  # whose graph keeps the result
+    gone = weakref.ref(y)
+    del y
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_gradient_can_be_differentiated():
+    x = torch.randn(5, requires_grad=True)
+    with recipes.keeping_recipes():
+        y = torch.tanh(2 * x)
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        slope.sum().backward()
+    torch.testing.assert_close(x.grad, -8 * y.detach() * (1 - y.detach().square()))
+
+
+def test_an_interrupted_step_keeps_nothing_of_its_pass(monkeypatch):
+    kept = []
+
+    def noted(tensor):
+        kept.extend([weakref.ref(tensor)] * (tensor.grad_fn is not None))
+        return pack(tensor)
+
+    def interrupt(*arguments, **named):
+        raise KeyboardInterrupt
+
+    pack, trainer = recipes._pack, tiny.trainer(kind="gpt2")
+    monkeypatch.setattr(recipes, "_pack", noted)
+    monkeypatch.setattr(update.ops, "linear_loss", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step(*tiny.batch())
+    gc.collect()
+    assert len(kept) > 10
+    assert all(each() is None for each in kept)
+
+
+@pytest.mark.parametrize("spoiled", ["x", "y"])
+def test_what_was_changed_since_the_forward_pass_is_refused_as_ever(spoiled):
+    x, norm, *_ = leaves(torch.float32)
+    with recipes.keeping_recipes():
+        made = {"x": 2 * x}
+        made["y"] = torch.tanh(fused.rms_norm(made["x"], norm, 1e-6))
+        total = made["y"].square().sum()
+        made[spoiled].detach().mul_(3)
+        with pytest.raises(RuntimeError, match=r"modified by an inplace operation: it is at version 1"):
+            total.backward()
 
 
 @pytest.mark.parametrize("checkpointing", [None, "reentrant", "not reentrant"])

@@ -38,9 +38,10 @@ def embeddings_in_place(model: nn.Module) -> Iterator[None]:
 def place_of_gradient(weight: Tensor) -> Tensor | None:
     """Return where the gradient of a weight may be added: its `.grad`, zeros if there was none yet.
 
-    None for a weight without one of its own, one that hooks wait for, or one that is not on the CPU.
+    None for a weight without one of its own, one that hooks wait for, or one that is not on the CPU. None also for one
+    that lies otherwise than row by row: a gradient has to lie as its weight does, or fused optimisers mix them up.
     """
-    if not _can_take(weight):
+    if not _can_take(weight) or not weight.is_contiguous():
         return None
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight, memory_format=torch.contiguous_format)

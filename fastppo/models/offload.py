@@ -55,7 +55,7 @@ def offloading(model: nn.Module, least_bytes: int = _LEAST_BYTES) -> Iterator[No
     def pack(tensor: Tensor) -> Tensor | _Saved:
         storage = tensor.untyped_storage()
         if tensor.device != device or storage.nbytes() < least_bytes or storage.data_ptr() in own:
-            return tensor
+            return tensor if tensor.grad_fn is None else tensor.detach()  # a result would keep its graph for good
         found = moved.get(storage._cdata)
         if found is None:
             moved[storage._cdata] = found = _Moved(tensor, pinned=device.type == "cuda")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -48,18 +49,34 @@ def keeping_recipes() -> Iterator[None]:
         yield
 
 
-def _pack(tensor: Tensor) -> Tensor | tuple[Recipe, tuple[int, ...]]:
+class _Kept(NamedTuple):
+    """A tensor as autograd would keep it: with the version that it had, for torch looks at none where there are hooks.
+
+    Without its graph: a result that its own graph keeps, as tanh's is, would keep that graph, and all that it keeps,
+    for good where no backward pass comes, as after an interrupt. Autograd puts the graph back.
+    """
+
+    tensor: Tensor
+    version: int
+
+
+def _pack(tensor: Tensor) -> _Kept | tuple[Recipe, tuple[int, ...]]:
     source = tensor if tensor._base is None else tensor._base
     recipe: Recipe | None = getattr(source, _NAME, None)
     is_whole = tensor.numel() == source.numel() and tensor.is_contiguous() and tensor.dtype == source.dtype
     if recipe is None or not is_whole or tensor._version:
-        return tensor
+        return _Kept(tensor if tensor.grad_fn is None else tensor.detach(), tensor._version)
     recipe.keep()
     return recipe, tuple(tensor.shape)
 
 
-def _unpack(kept: Tensor | tuple[Recipe, tuple[int, ...]]) -> Tensor:
-    if isinstance(kept, Tensor):
-        return kept
+def _unpack(kept: _Kept | tuple[Recipe, tuple[int, ...]]) -> Tensor:
+    if isinstance(kept, _Kept):
+        if kept.tensor._version != kept.version:
+            raise RuntimeError(
+                f"a tensor {tuple(kept.tensor.shape)} that the backward pass needs was modified by an inplace "
+                f"operation: it is at version {kept.tensor._version}, expected version {kept.version}; modify a copy"
+            )
+        return kept.tensor
     recipe, shape = kept
     return recipe.take().view(shape)

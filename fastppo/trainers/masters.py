@@ -48,17 +48,16 @@ class MasterAdam(torch.optim.Optimizer):
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros(2, *parameter.shape, device=parameter.device).unbind()
-            if parameter.dtype != torch.float32:
-                state["master"] = parameter.float()
+            state.update(_first_state(parameter))  # all at once: memory may run out on the way, or a user interrupt
         assert parameter.grad is not None
         wholes = state.get("master", parameter), parameter.grad, state["exp_avg"], state["exp_avg_sq"], parameter
         for master, gradient, mean, square, weight in zip(*map(_slices, wholes), strict=True):
             step = state["step"].clone()  # the same one for every slice
-            self._adam(master, gradient.float().contiguous(), mean, square, step, group)
-            if "master" in state:
-                weight.copy_(master)
+            # torch's fused kernel takes all its arguments to lie alike, and an fp32 weight may lie transposed.
+            updated = master.contiguous()
+            self._adam(updated, gradient.float().contiguous(), mean, square, step, group)
+            if "master" in state or updated is not master:
+                weight.copy_(updated)
         state["step"].copy_(step)
 
     def _adam(
@@ -79,6 +78,14 @@ class MasterAdam(torch.optim.Optimizer):
         for number, entries in state_dict["state"].items():
             parameter = parameters[number]
             self.state[parameter] = {name: value.to(parameter.device).clone() for name, value in entries.items()}
+
+
+def _first_state(parameter: Tensor) -> dict[str, Tensor]:
+    mean, square = torch.zeros(2, *parameter.shape, device=parameter.device).unbind()
+    state = {"step": torch.zeros((), device=parameter.device), "exp_avg": mean, "exp_avg_sq": square}
+    if parameter.dtype != torch.float32:
+        state["master"] = parameter.to(torch.float32, memory_format=torch.contiguous_format)
+    return state
 
 
 def _slices(x: Tensor) -> tuple[Tensor, ...]:

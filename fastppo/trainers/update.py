@@ -206,8 +206,10 @@ def _step(optimizer: Any, stats: dict[str, Tensor], config: PPOConfig) -> tuple[
         torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
     if optimizer.defaults.get("fused"):  # decides on the device: gradient scalers use the same door
         optimizer.found_inf = skipped.float()
-        optimizer.step()
-        del optimizer.found_inf
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf
     elif not bool(skipped):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
