@@ -63,7 +63,8 @@ def give_back(trainer: PPOTrainer) -> None:
         if type(module) is Int8Linear:
             module.__class__ = Linear8bitLt
     found = fusions.find(trainer.model)
-    fusions._FOUND[trainer.model] = tuple(each for each in found if each.kind != "lora")
+    parts, _ = fusions._FOUND[trainer.model]
+    fusions._FOUND[trainer.model] = parts, tuple(each for each in found if each.kind != "lora")
     trainer.engine._decode_step = lambda cache: None  # type: ignore[method-assign]
 
 

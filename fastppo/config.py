@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from fastppo.rules import COMPAT, RULES, holds
+from fastppo.rules import COMPAT, RULES, SAMPLING_RULES, holds
 
 
 @dataclass
@@ -219,16 +219,14 @@ class SamplingConfig:
     """Seed of this call's random numbers; None takes the engine's."""
 
     def __post_init__(self) -> None:
-        checks = [
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "between 0 and max_new_tokens"),
-            ("temperature", 0 < self.temperature < float("inf"), "greater than 0; use do_sample=False for greedy"),
-            ("top_k", self.top_k >= 0, "at least 0; 0 keeps all tokens"),
-            ("top_p", 0 < self.top_p <= 1, "greater than 0 and at most 1"),
-        ]
-        for name, is_right, expectation in checks:
-            if not is_right:
+        for name, is_right, expectation in SAMPLING_RULES:
+            if not holds(is_right, getattr(self, name)):
                 raise ValueError(f"SamplingConfig.{name} must be {expectation}, got {getattr(self, name)!r}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"SamplingConfig.min_new_tokens must be between 0 and max_new_tokens ({self.max_new_tokens}), "
+                f"got {self.min_new_tokens!r}"
+            )
 
     @property
     def is_truncated(self) -> bool:
@@ -246,7 +244,7 @@ class SamplingConfig:
         own["min_new_tokens"] = max(0, int(own.get("min_new_tokens", 0)))
         eos = rest.pop("eos_token_id", None)
         if eos is not None and own.get("stop_ids") is None:
-            own["stop_ids"] = tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+            own["stop_ids"] = tuple(eos) if hasattr(eos, "__iter__") else (int(eos),)
         if isinstance(own.get("stop_strings"), str):
             own["stop_strings"] = (own["stop_strings"],)
         own["stop_strings"] = tuple(own.get("stop_strings", ()))

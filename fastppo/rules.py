@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import index
 from typing import Any
 
 KL_PENALTIES = ("kl", "abs", "mse", "full", "k1", "k2", "k3")
@@ -18,8 +19,17 @@ def holds(is_right: Callable[[Any], bool], value: Any) -> bool:
         return False
 
 
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number from 1, and of a whole number's type. May raise TypeError."""
+    return index(value) >= 1
+
+
 def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
     return (lambda value: value in names), "one of " + ", ".join(names)
+
+
+def _are_texts(value: Any) -> bool:
+    return not isinstance(value, str) and all(isinstance(part, str) and part for part in value)
 
 
 _POSITIVE: tuple[Callable[[Any], bool], str] = (lambda value: value > 0), "greater than 0"
@@ -63,4 +73,19 @@ RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("overlong_prompts", *_one_of("error", "drop", "truncate")),
     ("max_skipped_steps", *_COUNT),
     ("compat", *_one_of(COMPAT)),
+]
+# What those of `SamplingConfig` may be.
+SAMPLING_RULES: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("max_new_tokens", is_count, "a whole number, at least 1"),
+    ("min_new_tokens", (lambda value: index(value) >= 0), "a whole number between 0 and max_new_tokens"),
+    ("temperature", (lambda value: 0 < value < float("inf")), "greater than 0; use do_sample=False for greedy"),
+    ("top_k", (lambda value: index(value) >= 0), "a whole number, at least 0; 0 keeps all tokens"),
+    ("top_p", (lambda value: 0 < value <= 1), "greater than 0 and at most 1"),
+    (
+        "stop_ids",
+        (lambda value: value is None or all(index(i) is not None for i in value)),
+        "a tuple of token ids",
+    ),
+    ("stop_strings", _are_texts, "a tuple of texts, none of them empty"),
+    ("seed", (lambda value: value is None or isinstance(index(value), int)), "a whole number"),
 ]

@@ -36,6 +36,8 @@ class Call:
         self.is_exact = is_exact
         self.model, self.requests, self.decoder, self.temperature = model, requests, decoder, temperature
         self.is_open, self._on_close = True, on_close
+        # Now, for who reads a stream may have updated the weights before asking for its rollout.
+        self._version = weight_version(model)
 
     def run(self, steps: int | None = None, on_response: OnResponse | None = None) -> None:
         """Run so many steps, or all; the model is as it was afterwards, and nothing stays allocated if one fails.
@@ -89,7 +91,7 @@ class Call:
 
     def rollout(self) -> Rollout:
         """Return what was drawn."""
-        return self.requests.rollout(self.temperature, weight_version(self.model))
+        return self.requests.rollout(self.temperature, self._version)
 
 
 class Event(NamedTuple):

@@ -72,7 +72,7 @@ class Engine:
         self.num_requests = 0  # requests served so far: the number of the next one
         self._cache: PagedCache | None = None
         self._program: DecodeStep | None = None
-        self._built_for: PagedCache | None = None  # what the program was built for
+        self._built_for: list[Any] = []  # what the program was built for
         self._call: Call | None = None
         self._metrics: dict[str, Any] = {}
 
@@ -145,7 +145,7 @@ class Engine:
         Args:
             rollout: of an earlier call. What was kept of it is not computed again while the weights are the same; a
                 response may have been edited or cut.
-            new_tokens: for each response, 1-D token ids or a text; may be empty.
+            new_tokens: for each response, 1-D token ids or a text, which gets no special tokens; may be empty.
             n: turns after each response; with several, each gets a request number of its own.
 
         Returns:
@@ -159,7 +159,7 @@ class Engine:
             )
         if len(new_tokens) != len(rollout):
             raise ValueError(f"got new tokens for {len(new_tokens)} responses, but the rollout has {len(rollout)}")
-        added = incoming.encode(new_tokens, self.model, self.tokenizer)
+        added = incoming.encode(new_tokens, self.model, self.tokenizer, is_continued=True)
         parts = list(zip(rollout.queries, rollout, added, strict=True))
         starts = [start + len(part[1]) + len(part[2]) for start, part in zip(rollout.starts, parts, strict=True)]
         places = Places(rollout.requests, tuple(starts), rollout.requests)
@@ -180,10 +180,12 @@ class Engine:
     def score(self, queries: Sequence[Any], responses: Sequence[Any], *, temperature: float = 1.0) -> Scores:
         """Return log-probs, entropies and values of given responses, one to each query, at a temperature.
 
-        Queries are given as prompts are to `generate`, responses as texts or token ids. Raises ValueError.
+        Queries are given as prompts are to `generate`, responses as texts, without special tokens where they go on with
+        the query, or token ids. Raises ValueError.
         """
-        ids = self.encode(queries), self.encode(responses)
-        return score(self.model, *ids, temperature, self.prefill_tokens)
+        is_continued = not is_encoder_decoder(self.model)  # where decoders begin anew, so do texts
+        answers = incoming.encode(responses, self.model, self.tokenizer, is_continued)
+        return score(self.model, self.encode(queries), answers, temperature, self.prefill_tokens)
 
     def cancel(self, requests: Iterable[int] | None = None) -> None:
         """End responses of the call under way, all if None, by their places in its list: from a stream's consumer or
@@ -191,7 +193,7 @@ class Engine:
         """
         call = self._call
         if call is not None:
-            call.requests.cancelling.extend(range(len(call.requests.prompts)) if requests is None else requests)
+            call.requests.ask_to_cancel(requests)
 
     @property
     def kv_tensors(self) -> list[Tensor]:
@@ -224,10 +226,7 @@ class Engine:
         """Check everything and return the call, of which no step has been run."""
         if self._call is not None:
             raise RuntimeError("a stream of this engine is open; read it to its end or close it first")
-        n = generation_kwargs.pop("num_return_sequences", None) or n
-        if isinstance(max_new_tokens, int):
-            generation_kwargs["max_new_tokens"], max_new_tokens = max_new_tokens, None
-        sampling = _sampling_of(sampling, generation_kwargs)
+        sampling, n, max_new_tokens = incoming.settings(sampling, n, max_new_tokens, generation_kwargs)
         ids = self.encode(prompts)
         limits = [sampling.max_new_tokens] * len(ids) if max_new_tokens is None else list(max_new_tokens)
         ids, limits = [one for one in ids for _ in range(n)], [limit for limit in limits for _ in range(n)]
@@ -282,17 +281,12 @@ class Engine:
 
     def _decode_step(self, cache: PagedCache) -> DecodeStep | None:
         """Return CUDA graphs, or the C++ program if the model has one, with the weights and adapters of this moment."""
-        if cache is not self._built_for:
+        parts = [cache, *self.model.modules()]  # PEFT puts layers of its own in the places of others
+        if parts != self._built_for:
             step = exact_program_step if self.is_exact else GraphStep if cache.like.is_cuda else program_step
-            self._built_for, self._program = cache, step(self.model, cache)
+            self._built_for, self._program = parts, step(self.model, cache)
         return self._program if self._program is not None and self._program.refresh() else None
 
     def _finish(self) -> None:
         if self._call is not None:
             self._metrics, self._call = self._call.decoder.metrics(), None
-
-
-def _sampling_of(sampling: SamplingConfig | None, generation_kwargs: dict[str, Any]) -> SamplingConfig:
-    if sampling is not None and generation_kwargs:
-        raise ValueError(f"got sampling and also {sorted(generation_kwargs)}; put all of it into the SamplingConfig")
-    return sampling or SamplingConfig.from_generation_kwargs(**generation_kwargs)

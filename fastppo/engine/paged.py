@@ -98,6 +98,8 @@ class PagedDecoder:
         for request in self.requests.cancel():
             self.scheduler.leave(self.jobs[request])
             self._store(self.jobs[request])
+        if self.scheduler.is_done:  # what was left has just been cancelled: there is nothing to compute
+            return False
         plan = self.scheduler.plan()
         steps = self.scheduler.reserve(plan, self.steps_per_check)
         planned = perf_counter()

@@ -3,26 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from numbers import Real
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from fastppo.config import SamplingConfig
 from fastppo.models.network import causal_lm
 from fastppo.models.seq2seq import decoder_prefix
+from fastppo.rules import holds, is_count
 
 
-def encode(prompts: Sequence[Any], model: Any, tokenizer: Any) -> list[Tensor]:
-    """Return prompts as 1-D int64 tensors on the model's device. Raises ValueError for what is no list of prompts."""
+def settings(
+    sampling: SamplingConfig | None, n: int, limits: int | Sequence[int] | None, generation_kwargs: dict[str, Any]
+) -> tuple[SamplingConfig, int, Sequence[int] | None]:
+    """Return how to draw, the responses to each prompt, and the prompts' own limits, if any. Raises ValueError."""
+    given = generation_kwargs.pop("num_return_sequences", None)
+    n = n if given is None else given
+    if not holds(is_count, n):
+        raise ValueError(f"n (num_return_sequences) is {n!r}; expected a whole number of responses to a prompt, from 1")
+    own = None if isinstance(limits, Real) else cast("Sequence[int] | None", limits)
+    if limits is not None and own is None:
+        generation_kwargs["max_new_tokens"] = limits
+    if sampling is not None and generation_kwargs:
+        raise ValueError(f"got sampling and also {sorted(generation_kwargs)}; put all of it into the SamplingConfig")
+    if sampling is None and own is not None:
+        _check_limits(own)
+        # The smallest number of tokens is held against the largest that a prompt may get.
+        generation_kwargs["max_new_tokens"] = max([SamplingConfig.max_new_tokens, *map(int, own)])
+    return sampling or SamplingConfig.from_generation_kwargs(**generation_kwargs), n, own
+
+
+def encode(prompts: Sequence[Any], model: Any, tokenizer: Any, is_continued: bool = False) -> list[Tensor]:
+    """Return prompts as 1-D int64 tensors on the model's device. Raises ValueError for what is no list of prompts.
+
+    Texts that continue others are encoded without the special tokens that a tokenizer puts around a whole text.
+    """
     if isinstance(prompts, (str, Tensor)):
         raise ValueError(f"prompts must be a list of prompts, got one {type(prompts).__name__}; wrap it in a list")
+    if isinstance(prompts, Mapping):
+        raise ValueError(
+            f"prompts must be a list of prompts, got a {type(prompts).__name__} with {list(prompts)}; pass the lists "
+            "of token ids in it, without padding"
+        )
     inner = causal_lm(model)
-    ids = [_encode(prompt, tokenizer).to(inner.device) for prompt in prompts]
+    ids = [_encode(prompt, tokenizer, is_continued).to(inner.device) for prompt in prompts]
     _check_vocabulary(ids, len(inner.get_input_embeddings().weight))
     return ids
 
 
-def _encode(prompt: Any, tokenizer: Any) -> Tensor:
+def _encode(prompt: Any, tokenizer: Any, is_continued: bool) -> Tensor:
     if isinstance(prompt, Tensor):
         if prompt.dim() != 1 or prompt.is_floating_point():
             raise ValueError(
@@ -39,10 +70,15 @@ def _encode(prompt: Any, tokenizer: Any) -> Tensor:
         if tokenizer is None:
             raise ValueError("text and chat prompts need a tokenizer; pass one to the engine, or pass token ids")
         if is_text:
-            return torch.tensor(tokenizer(prompt)["input_ids"], dtype=torch.int64)
+            options = {"add_special_tokens": False} if is_continued else {}
+            return torch.tensor(tokenizer(prompt, **options)["input_ids"], dtype=torch.int64)
         text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
-    return torch.tensor(list(prompt), dtype=torch.int64)
+    try:
+        given = torch.tensor(list(prompt)) if len(prompt) else torch.zeros(0, dtype=torch.int64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"a prompt is {prompt!r}; expected a text, a chat or token ids") from error
+    return _encode(given, tokenizer, is_continued)  # which refuses fractions and lists of lists
 
 
 def _check_vocabulary(ids: list[Tensor], vocabulary: int) -> None:
@@ -61,9 +97,10 @@ def check(ids: Sequence[Tensor], limits: Sequence[int], model: Any) -> None:
     """Raise ValueError for no prompts, empty ones, and those that do not fit the context with their limits."""
     if not ids:
         raise ValueError("there is nothing to generate from: the list of prompts is empty")
-    if len(limits) != len(ids) or min(limits) < 1:
+    if len(limits) != len(ids):
         raise ValueError(f"max_new_tokens must give a positive limit for each of {len(ids)} prompts, got {limits}")
-    context = context_length(model)
+    _check_limits(limits)
+    context = prompt_length(model)
     for number, (prompt, limit) in enumerate(zip(ids, limits, strict=True)):
         if not len(prompt):
             raise ValueError(f"prompt {number} is empty; it needs at least one token, such as the BOS token")
@@ -73,6 +110,12 @@ def check(ids: Sequence[Tensor], limits: Sequence[int], model: Any) -> None:
                 f"prompt {number} has {len(prompt)} tokens and may get {limit} new ones, but the model's context "
                 f"is {context}; shorten or drop the prompt, or lower max_new_tokens"
             )
+
+
+def _check_limits(limits: Sequence[int]) -> None:
+    wrong = [limit for limit in limits if not holds(is_count, limit)]
+    if wrong:
+        raise ValueError(f"max_new_tokens must give each prompt a positive limit, a whole number, got {wrong[0]!r}")
 
 
 def room_for_prompt(model: Any, new_tokens: int) -> int | None:
@@ -87,11 +130,20 @@ def room_for_prompt(model: Any, new_tokens: int) -> int | None:
         raise ValueError(
             f"max_new_tokens={new_tokens}, but the decoder has room for {context - len(prefix)}; lower max_new_tokens"
         )
-    return context
+    return prompt_length(model)
 
 
 def context_length(model: Any) -> int | None:
     """Return the number of positions that the model was made for, or None if it sets no limit."""
+    return _positions(model, "max_position_embeddings", "max_decoder_position_embeddings", "max_seq_len")
+
+
+def prompt_length(model: Any) -> int | None:
+    """Return the same of what reads prompts, which may be an encoder with positions of its own."""
+    return _positions(model, "max_encoder_position_embeddings") or context_length(model)
+
+
+def _positions(model: Any, *names: str) -> int | None:
     config = causal_lm(model).config.get_text_config()
-    length = getattr(config, "max_position_embeddings", None)
+    length = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
     return int(length) if length is not None and length > 0 else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,6 +96,17 @@ class Requests:
                 continue
             ended.append(request)
         return ended
+
+    def ask_to_cancel(self, requests: Iterable[int] | None) -> None:
+        """Have requests cancelled before the next step, all if None. Raises ValueError for places that are none."""
+        count = len(self.prompts)
+        places = list(range(count) if requests is None else requests)
+        unknown = [place for place in places if not 0 <= place < count]
+        if unknown:  # here, for in the decoder it would end the whole call
+            raise ValueError(
+                f"cannot cancel {unknown}: expected places in the call's list of responses, 0 to {count - 1}"
+            )
+        self.cancelling.extend(places)
 
     def cancel(self) -> list[int]:
         """End the requests that were asked to be cancelled and are not over, and return them."""

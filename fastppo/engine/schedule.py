@@ -79,6 +79,8 @@ class Scheduler:
             if plan.decode or plan.chunks or plan.starts or self.is_done:
                 return plan
             self._preempt()
+            if not self.rows:  # all were sent back: the first begins again, with all blocks for itself
+                self._admit()
 
     def reserve(self, plan: Plan, most: int) -> int:
         """Return for how many steps in a row, up to `most`, the plan can be run before anybody looks at its draws.

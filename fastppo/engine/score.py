@@ -36,6 +36,8 @@ def score(
     if len(queries) != len(responses):
         raise ValueError(f"got {len(responses)} responses to {len(queries)} queries; pass one to each")
     lengths = [len(response) for response in responses]
+    if 0 in lengths:
+        raise ValueError(f"response {lengths.index(0)} is empty; leave it out with its query: it has no token to score")
     prompts.check(queries, lengths, model)
     labels, offsets = torch.cat(list(responses)), offsets_of(lengths)
     samples = Samples(

@@ -71,7 +71,10 @@ def program_step(model: Any, cache: PagedCache) -> ProgramStep | None:
     """Return the program's step if there is one, and if beside the modules it gives the model's own log-probs."""
     if cache.like.device.type != "cpu" or not probe.verdict(model, "program", _mixed):
         return None
-    return ProgramStep(model, cache)
+    try:
+        return ProgramStep(model, cache)
+    except NotImplementedError:  # a part was replaced since the verdict
+        return None
 
 
 def exact_program_step(model: Any, cache: PagedCache) -> ProgramStep | None:

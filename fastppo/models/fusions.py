@@ -62,16 +62,18 @@ def fused(model: nn.Module) -> Iterator[None]:
                 vars(fusion.owner)[fusion.attribute] = fusion.original
 
 
-_FOUND: WeakKeyDictionary[nn.Module, tuple[Fusion, ...]] = WeakKeyDictionary()
+# What was found, and the parts in which it was looked for, without the model itself, which has to remain mortal.
+_FOUND: WeakKeyDictionary[nn.Module, tuple[list[Any], tuple[Fusion, ...]]] = WeakKeyDictionary()
 
 
 def find(model: nn.Module) -> tuple[Fusion, ...]:
-    """Return what can be fused in a model, with what it deviates; found once, at the first call for a model."""
-    if model not in _FOUND:
+    """Return what can be fused in a model, with what it deviates; found once, until a part of it is replaced."""
+    parts = [module for module in model.modules() if module is not model]
+    if model not in _FOUND or _FOUND[model][0] != parts:
         # Gradients are compared wherever the call comes from.
         with torch.inference_mode(False), torch.enable_grad():
-            _FOUND[model] = tuple(_search(model))
-    return _FOUND[model]
+            _FOUND[model] = parts, tuple(_search(model))
+    return _FOUND[model][1]
 
 
 def _search(model: nn.Module) -> Iterator[Fusion]:

@@ -235,13 +235,14 @@ def to_bf16(model: nn.Module) -> None:
 
 
 def weight_version(model: nn.Module) -> tuple[int, ...]:
-    """Return a fingerprint of all the weights and of which adapter is on.
+    """Return a fingerprint of all the weights and of which adapter is on, and how strongly.
 
     It is equal if and, but for freak coincidence, only if they are bitwise equal. It reads every weight.
     """
     parameters = list(model.parameters())
     sums = [checksum.to(parameters[0].device) for checksum in map(ops.checksum, parameters)]
-    return (zlib.crc32(repr(active_adapters(model)).encode()), *torch.stack(sums).tolist())
+    scales = [sorted(m.scaling.items()) for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]
+    return (zlib.crc32(repr((active_adapters(model), scales)).encode()), *torch.stack(sums).tolist())
 
 
 def active_adapters(model: nn.Module) -> list[tuple[bool, tuple[str, ...]]]:

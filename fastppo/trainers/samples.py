@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastppo.engine.prompts import context_length
+from fastppo.engine.prompts import context_length, prompt_length
 from fastppo.models.network import causal_lm, language_head
 from fastppo.models.seq2seq import decoder_prefix
 from fastppo.rewards import is_listed
@@ -31,7 +31,8 @@ def limits(model: Any) -> dict[str, Any]:
     return {
         "vocabulary": len(language_head(model).weight),
         "prompt_vocabulary": len(causal_lm(model).get_input_embeddings().weight),
-        "context": context_length(model),
+        # The larger one where an encoder reads more than its decoder writes: generation has kept to both.
+        "context": max(context_length(model) or 0, prompt_length(model) or 0) or None,
         "prefix": decoder_prefix(model),
     }
 
