@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers
 
 from fastppo import Engine, PPOConfig, SamplingConfig
 from fastppo.models.exact import exact_linears
@@ -118,3 +119,29 @@ def test_what_cannot_be_exact_is_refused():
         Engine(network("llama"), consistency="bitwise")
     with pytest.raises(ValueError, match=r"PPOConfig\.consistency must be one of bounded, exact"):
         PPOConfig(consistency="bitwise").check()
+
+
+def own_matrices(kind):
+    torch.manual_seed(0)
+    if kind == "experts":
+        settings = {**SIZES, "vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_local_experts": 4}
+        return transformers.MixtralForCausalLM(transformers.MixtralConfig(**settings))
+    model = network("llama", **SIZES)
+    layer = model.model.layers[1].mlp
+
+    class Strange(torch.nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T
+
+    layer.up_proj = Strange(layer.up_proj.in_features, layer.up_proj.out_features, bias=False)
+    return model
+
+
+@pytest.mark.parametrize(("kind", "name"), [("experts", "Mixtral"), ("subclass of Linear", r"up_proj \(Strange\)")])
+def test_matrices_whose_order_nobody_knows_are_refused_and_nothing_is_left_replaced(kind, name):
+    model = own_matrices(kind)
+    engine = Engine(model, consistency="exact")
+    with pytest.raises(NotImplementedError, match=rf"{name}.* multiplies by weights of its own.*use 'bounded'"):
+        engine.generate([[3, 4, 5]], SamplingConfig(max_new_tokens=2))
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert len(Engine(model).generate([[3, 4, 5]], SamplingConfig(max_new_tokens=2)).responses) == 1

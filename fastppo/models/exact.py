@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fastppo import ops
 from fastppo.models.network import causal_lm
@@ -54,30 +55,47 @@ def _conv1d(module: Any, x: Tensor) -> Tensor:
 def exact_linears(model: nn.Module) -> Iterator[None]:
     """Compute linear layers and the head row by row inside; a nested use changes nothing.
 
-    Raises NotImplementedError where that cannot be: without the C++ extension, on a GPU, with 4-bit weights of fp16.
+    Raises NotImplementedError where that cannot be: without the C++ extension, on a GPU, with 4-bit weights of fp16,
+    with experts.
     """
-    from transformers.pytorch_utils import Conv1D
-
-    device, dtype = next(model.parameters()).device, causal_lm(model).get_input_embeddings().weight.dtype
-    if ops.backend(device) != "native":
-        raise NotImplementedError(
-            f"consistency='exact' needs the C++ extension and a model in host memory, got one on {device} with backend "
-            f"{ops.backend(device)!r}; use consistency='bounded'"
-        )
+    _check(model)  # before anything is replaced
     replaced = []
     for name, module in model.named_modules():
         kind = type(module)
         if kind in (nn.Linear, Conv1D) and "v_head" not in name and "forward" not in vars(module):
             replaced.append(module)
             module.forward = partial(_linear if kind is nn.Linear else _conv1d, module)
-        elif hasattr(module, "four_bits") and module.four_bits().type_for(dtype) is None:
-            stored = module.four_bits().dtype
-            raise NotImplementedError(
-                f"consistency='exact' does not know 4-bit weights of {stored} beside {dtype} ({name}); use 'bounded'"
-            )
     try:
         with row_invariant():
             yield
     finally:
         for module in replaced:
             del module.forward
+
+
+def _check(model: nn.Module) -> None:
+    device, dtype = next(model.parameters()).device, causal_lm(model).get_input_embeddings().weight.dtype
+    if ops.backend(device) != "native":
+        raise NotImplementedError(
+            f"consistency='exact' needs the C++ extension and a model in host memory, got one on {device} with backend "
+            f"{ops.backend(device)!r}; use consistency='bounded'"
+        )
+    for name, module in model.named_modules():
+        if hasattr(module, "four_bits"):
+            if module.four_bits().type_for(dtype) is None:
+                raise NotImplementedError(
+                    f"consistency='exact' does not know 4-bit weights of {module.four_bits().dtype} beside {dtype} "
+                    f"({name}); use 'bounded'"
+                )
+        elif _multiplies_itself(module):
+            raise NotImplementedError(
+                f"consistency='exact' knows linear layers, but {name} ({type(module).__name__}) multiplies by weights "
+                "of its own, as experts do; use 'bounded'"
+            )
+
+
+def _multiplies_itself(module: nn.Module) -> bool:
+    """Whether a module that is no linear layer has matrices: nobody is to know in which order it sums."""
+    if type(module) in (nn.Linear, Conv1D) or isinstance(module, nn.Embedding):
+        return False
+    return any(weight.dim() > 1 and weight.is_floating_point() for weight in module.parameters(recurse=False))

@@ -29,7 +29,7 @@ _depth = 0
 def _glibc() -> Any:
     """Return the C library; None if it is another one, or where the user has set these bounds."""
     is_set = any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"))
-    library = ctypes.CDLL(None)
+    library = ctypes.CDLL(None) if os.name == "posix" else None
     return None if is_set or not hasattr(library, "malloc_trim") else library
 
 

@@ -241,7 +241,8 @@ def weight_version(model: nn.Module) -> tuple[int, ...]:
     """
     parameters = list(model.parameters())
     sums = [checksum.to(parameters[0].device) for checksum in map(ops.checksum, parameters)]
-    scales = [sorted(m.scaling.items()) for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]
+    found: list[Any] = [getattr(module, "scaling", None) for module in model.modules()]
+    scales = [sorted(scaling.items()) for scaling in found if isinstance(scaling, dict)]
     return (zlib.crc32(repr((active_adapters(model), scales)).encode()), *torch.stack(sums).tolist())
 
 
