@@ -126,16 +126,13 @@ py::array pack(const py::array& lengths_in, std::int64_t num_bins, std::int64_t 
 
 // Addresses are checked by fastppo/ops/flat.py.
 std::int64_t checksum(std::uintptr_t address, std::int64_t rows, std::int64_t columns, int bytes,
-                      std::uint64_t multiplier, int threads) {
+                      std::uint64_t multiplier) {
   const py::gil_scoped_release release;
-  const auto sum = [&](auto word) {
-    return fastppo::checksum(reinterpret_cast<const decltype(word)*>(address), rows, columns, multiplier, threads);
-  };
   std::uint64_t found = 0;
-  if (bytes == 1) found = sum(std::int8_t());
-  if (bytes == 2) found = sum(std::int16_t());
-  if (bytes == 4) found = sum(std::int32_t());
-  if (bytes == 8) found = sum(std::int64_t());
+  if (bytes == 1) found = fastppo::checksum(reinterpret_cast<const std::int8_t*>(address), rows, columns, multiplier);
+  if (bytes == 2) found = fastppo::checksum(reinterpret_cast<const std::int16_t*>(address), rows, columns, multiplier);
+  if (bytes == 4) found = fastppo::checksum(reinterpret_cast<const std::int32_t*>(address), rows, columns, multiplier);
+  if (bytes == 8) found = fastppo::checksum(reinterpret_cast<const std::int64_t*>(address), rows, columns, multiplier);
   return static_cast<std::int64_t>(found);
 }
 
@@ -150,7 +147,7 @@ PYBIND11_MODULE(_native, module) {
              "Return the bin (N,) int64 of each sequence of lengths (N,) int64, in order, each to the bin with the "
              "fewest tokens. Raises ValueError when num_bins bins of max_per_bin sequences are too few.");
   module.def("checksum", &checksum, py::arg("address"), py::arg("rows"), py::arg("columns"), py::arg("bytes"),
-             py::arg("multiplier"), py::arg("threads"), "Return a fingerprint of a matrix of words of so many bytes each.");
+             py::arg("multiplier"), "Return a fingerprint of a matrix of words of so many bytes each.");
   bind_attention(module);
   bind_decode(module);
   bind_fused(module);

@@ -7,16 +7,12 @@ namespace fastppo {
 
 // Σ_ij w_ij (i + j + 2) m modulo 2^64, for whole numbers w (rows, columns) side by side and an odd m.
 template <typename Word>
-std::uint64_t checksum(const Word* words, std::int64_t rows, std::int64_t columns, std::uint64_t multiplier,
-                       int threads) {
-  constexpr std::int64_t serial_words = 1 << 16;
+std::uint64_t checksum(const Word* words, std::int64_t rows, std::int64_t columns, std::uint64_t multiplier) {
   std::uint64_t total = 0;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : total) if (rows * columns > serial_words)
-  for (std::int64_t row = 0; row < rows; ++row) {
-    const Word* here = words + row * columns;
+  for (std::int64_t row = 0; row < rows; ++row, words += columns) {
     std::uint64_t sum = 0, weighted = 0;
     for (std::int64_t column = 0; column < columns; ++column) {
-      const auto word = static_cast<std::uint64_t>(static_cast<std::int64_t>(here[column]));
+      const auto word = static_cast<std::uint64_t>(static_cast<std::int64_t>(words[column]));
       sum += word;
       weighted += word * static_cast<std::uint64_t>(column + 1);
     }

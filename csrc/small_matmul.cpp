@@ -1,6 +1,5 @@
 #include "small_matmul.hpp"
 
-#include <algorithm>
 #include <cstddef>
 
 #include "cpu.hpp"
@@ -15,9 +14,6 @@ namespace {
 // Rows that are packed at a time, which bounds the memory.
 constexpr std::int64_t most_rows = 512;
 
-// Outputs that a thread does before it asks for more. Whoever's core is slowed from outside gets fewer of them.
-constexpr std::int64_t share_outputs = 1024;
-
 void multiply(const SmallMatmul& matmul, void* packed, int threads) {
   const SmallMatmulKernels& kernels = fastppo::kernels().small_matmul;
 #if defined(_OPENMP)
@@ -27,10 +23,8 @@ void multiply(const SmallMatmul& matmul, void* packed, int threads) {
       // A team may have fewer threads than were asked for.
       const int thread = omp_get_thread_num(), num_threads = omp_get_num_threads();
       kernels.pack(matmul, packed, thread, num_threads);
-      const int shares = std::max(num_threads, static_cast<int>(matmul.outputs / share_outputs));
 #pragma omp barrier
-#pragma omp for schedule(dynamic, 1)
-      for (int share = 0; share < shares; ++share) kernels.part(matmul, packed, share, shares);
+      kernels.part(matmul, packed, thread, num_threads);
     }
     return;
   }

@@ -58,8 +58,7 @@ def checksum(x: Tensor) -> Tensor:
     words = x.detach().contiguous().view(_WORDS[x.element_size()])
     words = words.reshape(len(words) if words.dim() else 1, -1)
     if backend(x.device) == "native":
-        size, threads = x.element_size(), torch.get_num_threads()
-        return torch.tensor(native().checksum(words.data_ptr(), *words.shape, size, _MULTIPLIER, threads))
+        return torch.tensor(native().checksum(words.data_ptr(), *words.shape, x.element_size(), _MULTIPLIER))
     return _weighted(words.sum(0, dtype=torch.int64)) + _weighted(words.sum(1, dtype=torch.int64))
 
 
