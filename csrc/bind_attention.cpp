@@ -7,23 +7,20 @@
 #include <cstdint>
 #include <tuple>
 
+#include "binding.hpp"
 #include "cpu.hpp"
 
 namespace py = pybind11;
 
 namespace {
 
+using fastppo::Address;
+using fastppo::at;
 using fastppo::AttentionShape;
 using fastppo::KeyValuePool;
 using fastppo::PagedRows;
 using fastppo::RaggedRows;
-using Address = std::uintptr_t;
 using Heads = std::tuple<Address, std::int64_t, std::int64_t, bool>;
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 fastppo::TokenHeads heads_of(const Heads& heads) {
   const auto [data, token_stride, head_stride, is_bfloat16] = heads;

@@ -1,5 +1,5 @@
-// Python's view of the decode program. fastppo/engine/program.py appends the operations and holds the tensors whose
-// addresses it hands over; those of a step are not kept after the call.
+// Python's view of the decode program. fastppo/engine/listing.py appends the operations and holds the tensors whose
+// addresses it hands over.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,22 +8,19 @@
 #include <tuple>
 #include <vector>
 
-#include "decode_program.hpp"
+#include "binding.hpp"
+#include "decode_loop.hpp"
 
 namespace py = pybind11;
 
 namespace {
 
+using fastppo::Address;
+using fastppo::at;
 using fastppo::DecodeOperation;
 using fastppo::DecodeProgram;
 using fastppo::Operation;
-using Address = std::uintptr_t;
 using Place = std::tuple<std::int64_t, std::int64_t>;
-
-template <typename T>
-const T* at(Address address) {
-  return reinterpret_cast<const T*>(address);
-}
 
 fastppo::Place place(const Place& given) { return {std::get<0>(given), std::get<1>(given)}; }
 
@@ -127,30 +124,69 @@ void attend(DecodeProgram& program, std::tuple<Place, Place, Place, Place> place
   program.append(made);
 }
 
-void run(DecodeProgram& program, std::tuple<std::int64_t, Address, Address, Address> rows,
-         const std::vector<std::tuple<Address, std::int64_t>>& tables,
-         const std::vector<std::tuple<Address, Address, bool, std::int64_t, std::int64_t, std::int64_t>>& pools,
-         const std::vector<std::tuple<Address, Address, std::int64_t>>& ropes, Address out, int threads) {
+// The lists that a step points to.
+struct StepLists {
+  std::vector<fastppo::BlockTables> tables;
+  std::vector<fastppo::KeyValuePool> pools;
+  std::vector<fastppo::RopeTable> ropes;
+};
+
+// (rows, ids, positions, sequences), the tables with their strides, by layer the pools with (is bfloat16, heads, head
+// size, value size), and the angles with their width.
+using StepArguments =
+    std::tuple<std::tuple<std::int64_t, Address, Address, Address>, std::vector<std::tuple<Address, std::int64_t>>,
+               std::vector<std::tuple<Address, Address, bool, std::int64_t, std::int64_t, std::int64_t>>,
+               std::vector<std::tuple<Address, Address, std::int64_t>>>;
+
+fastppo::DecodeStep step_of(const StepArguments& given, StepLists* lists) {
+  const auto& [rows, tables, pools, ropes] = given;
   const auto [count, ids, positions, sequences] = rows;
-  std::vector<fastppo::BlockTables> table_list;
-  for (const auto& [data, stride] : tables) table_list.push_back({at<std::int32_t>(data), stride});
-  std::vector<fastppo::KeyValuePool> pool_list;
+  for (const auto& [data, stride] : tables) lists->tables.push_back({at<std::int32_t>(data), stride});
   for (const auto& [keys, values, is_bfloat16, kv_heads, head_size, value_size] : pools) {
-    pool_list.push_back({reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values), is_bfloat16, kv_heads,
-                         head_size, value_size});
+    lists->pools.push_back({at<void>(keys), at<void>(values), is_bfloat16, kv_heads, head_size, value_size});
   }
-  std::vector<fastppo::RopeTable> rope_list;
-  for (const auto& [cosines, sines, width] : ropes) rope_list.push_back({at<float>(cosines), at<float>(sines), width});
+  for (const auto& [cosines, sines, width] : ropes) {
+    lists->ropes.push_back({at<float>(cosines), at<float>(sines), width});
+  }
   fastppo::DecodeStep step = {};
   step.rows = count;
   step.ids = at<std::int64_t>(ids);
   step.positions = at<std::int32_t>(positions);
   step.sequences = at<std::int32_t>(sequences);
-  step.tables = table_list.data();
-  step.pools = pool_list.data();
-  step.ropes = rope_list.data();
+  step.tables = lists->tables.data();
+  step.pools = lists->pools.data();
+  step.ropes = lists->ropes.data();
+  return step;
+}
+
+void run(DecodeProgram& program, const StepArguments& arguments, Address out, int threads) {
+  StepLists lists;
+  const fastppo::DecodeStep step = step_of(arguments, &lists);
   const py::gil_scoped_release release;
-  program.run(step, reinterpret_cast<float*>(out), threads);
+  program.run(step, at<float>(out), threads);
+}
+
+std::int64_t run_loop(DecodeProgram& program, const StepArguments& arguments,
+                      const std::tuple<fastppo::MatmulArguments, int>& head, const fastppo::SamplingArguments& sampling,
+                      std::tuple<Address, std::int64_t, Address, std::int64_t> bounds, std::int64_t most,
+                      Address hidden, const fastppo::DrawArguments& out, int threads) {
+  const auto [drawn, least, ends, num_ends] = bounds;
+  const fastppo::DecodeLoop loop = {
+      fastppo::matmul_of(std::get<0>(head), 1.0, false, nullptr),
+      fastppo::sampling_rows_of(sampling),
+      std::get<1>(head),
+      at<std::int64_t>(drawn),
+      least,
+      at<std::int64_t>(ends),
+      num_ends,
+      most,
+      at<float>(hidden),
+      fastppo::draws_of(out),
+  };
+  StepLists lists;
+  const fastppo::DecodeStep step = step_of(arguments, &lists);
+  const py::gil_scoped_release release;
+  return fastppo::run_loop(program, step, loop, threads);
 }
 
 }  // namespace
@@ -166,5 +202,8 @@ void bind_decode(py::module_& module) {
       .def("pack", &pack)
       .def("multiply", &multiply)
       .def("attend", &attend)
-      .def("run", &run, "Run all operations on the rows of a step, without the GIL.");
+      .def("run", &run, "Run all operations on the rows of a step, without the GIL.")
+      .def("loop", &run_loop, py::arg("step"), py::arg("head"), py::arg("sampling"), py::arg("bounds"), py::arg("most"),
+           py::arg("hidden"), py::arg("out"), py::arg("threads"),
+           "Run and draw step after step until one of the ids that end a response is drawn; return how many were run.");
 }

@@ -7,23 +7,20 @@
 #include <cstdint>
 #include <tuple>
 
+#include "binding.hpp"
 #include "cpu.hpp"
 
 namespace py = pybind11;
 
 namespace {
 
-using Address = std::uintptr_t;
+using fastppo::Address;
+using fastppo::at;
 using Strides = std::array<std::int64_t, 3>;
 // (rows, size, whether bfloat16, threads)
 using RowsArgument = std::tuple<std::int64_t, std::int64_t, bool, int>;
 // (address, elements from row to row)
 using MatrixArgument = std::tuple<Address, std::int64_t>;
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 fastppo::NormRows norm_rows(const RowsArgument& shape, std::tuple<Address, Address, Address> tensors,
                             std::tuple<float, float> scalars) {

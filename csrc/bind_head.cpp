@@ -7,24 +7,21 @@
 #include <string>
 #include <tuple>
 
+#include "binding.hpp"
 #include "cpu.hpp"
 
 namespace py = pybind11;
 
 namespace {
 
-using Address = std::uintptr_t;
+using fastppo::Address;
+using fastppo::at;
 // (address, elements from row to row, whether bfloat16); address 0 for none.
 using MatrixArgument = std::tuple<Address, std::int64_t, bool>;
 // (logit_scale, softcap or 0, temperature)
 using ScalingArgument = std::tuple<double, double, double>;
 // Each of a row: logprobs, entropies, logsumexps (double), kl, ref_logsumexps (double).
 using StatisticsArgument = std::tuple<Address, Address, Address, Address, Address>;
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 fastppo::Matrix matrix(const MatrixArgument& argument) {
   return {at<void>(std::get<0>(argument)), std::get<1>(argument), std::get<2>(argument)};

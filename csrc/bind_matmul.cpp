@@ -1,53 +1,25 @@
-// Python's view of the matmul of few rows. Addresses come as integers and are checked by fastppo/ops/matmul.py, which
-// holds the tensors; they are not kept after the call.
+// Python's view of the matmul of few rows; fastppo/ops/matmul.py checks what it gets.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
 #include <tuple>
 
-#include "small_matmul.hpp"
+#include "binding.hpp"
 
 namespace py = pybind11;
 
 namespace {
 
-using Address = std::uintptr_t;
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+using fastppo::Address;
+using fastppo::at;
 
 void small_matmul(std::tuple<std::int64_t, std::int64_t, std::int64_t> shape, std::tuple<Address, std::int64_t> x,
                   std::tuple<Address, std::int64_t, int, bool, Address> weight, std::tuple<Address, bool> bias,
                   double scale, bool accumulate, std::tuple<Address, std::int64_t> out, bool is_row_invariant,
                   int threads, const fastppo::FourBits* four_bits) {
-  const auto [rows, inputs, outputs] = shape;
-  const auto [x_data, x_stride] = x;
-  const auto [weight_data, weight_stride, type, is_transposed, row_scales] = weight;
-  const auto [bias_data, bias_is_bfloat16] = bias;
-  const auto [out_data, out_stride] = out;
-  const fastppo::SmallMatmul matmul = {
-      rows,
-      inputs,
-      outputs,
-      at<const float>(x_data),
-      x_stride,
-      at<const void>(weight_data),
-      weight_stride,
-      static_cast<fastppo::WeightType>(type),
-      is_transposed,
-      at<const float>(row_scales),
-      at<const void>(bias_data),
-      bias_is_bfloat16,
-      static_cast<float>(scale),
-      accumulate,
-      false,
-      at<float>(out_data),
-      out_stride,
-      four_bits == nullptr ? fastppo::FourBits{} : *four_bits,
-  };
+  const fastppo::SmallMatmul matmul =
+      fastppo::matmul_of({shape, x, weight, bias, out}, scale, accumulate, four_bits);
   const py::gil_scoped_release release;
   fastppo::small_matmul(matmul, is_row_invariant, threads);
 }

@@ -119,11 +119,34 @@ inline bool is_truncated(const SamplingRows& rows) {
   return !rows.is_greedy && ((rows.top_k > 0 && rows.top_k < rows.vocabulary) || rows.top_p < 1);
 }
 
+inline double number_of(const SamplingRows& rows, std::int64_t r) {
+  return uniform(rows.seed, rows.requests[r], rows.positions[r]);
+}
+
+// Draw where nothing is truncated; of the blocks that are in `copied`, the logits lie in the workspace.
+template <typename T, typename F>
+inline Choice choose_by_sums(const SamplingRows& rows, const Row<T>& row, double u, Totals totals,
+                             const Workspace& work, F copied) {
+  const Place place = find_block(work.blocks, u * totals.weights, [&](std::int64_t b) { return work.sums[b]; });
+  const std::int64_t start = place.block * draw_block, rest = row.count - start;
+  float* weights = work.weights + (is_truncated(rows) ? start : 0);
+  const auto weigh_again = [&](std::int64_t, const auto* block) {
+    Vec w_sum = Vec::of(0), x_sum = w_sum;
+    weigh_block<true>(block, Vec::of(totals.top), Vec::of(row.exponent()), weights, &w_sum, &x_sum);
+  };
+  if (copied(place.block)) {
+    weigh_again(0, work.logits + start);
+  } else if (!is_truncated(rows)) {
+    for_blocks(row.at + start, rest < draw_block ? rest : draw_block, weigh_again);
+  }
+  return {start + find_token(weights, 0, place.rest), totals.weights};
+}
+
 // Draw from a row that has been weighed.
 template <typename T>
 inline Choice choose(const SamplingRows& rows, std::int64_t r, const Row<T>& row, Totals totals, const Workspace& work) {
   if (rows.is_greedy) return {find_first(row, totals.top, work), 0};
-  const double u = uniform(rows.seed, rows.requests[r], rows.positions[r]);
+  const double u = number_of(rows, r);
   const bool has_top_k = rows.top_k > 0 && rows.top_k < row.count;
   if (has_top_k) totals.weights = limit(row, find_kth(row, rows.top_k, work), work);
   if (rows.top_p < 1) {
@@ -135,16 +158,46 @@ inline Choice choose(const SamplingRows& rows, std::int64_t r, const Row<T>& row
     const std::int64_t start = place.block * draw_block;
     return {start + find_token(work.weights + start, nucleus.limit_of(place.block), place.rest), nucleus.total};
   }
-  const Place place = find_block(work.blocks, u * totals.weights, [&](std::int64_t b) { return work.sums[b]; });
-  const std::int64_t start = place.block * draw_block, rest = row.count - start;
-  float* weights = work.weights + (is_truncated(rows) ? start : 0);
-  if (!is_truncated(rows)) {
-    for_blocks(row.at + start, rest < draw_block ? rest : draw_block, [&](std::int64_t, const auto* block) {
-      Vec w_sum = Vec::of(0), x_sum = w_sum;
-      weigh_block<true>(block, Vec::of(totals.top), Vec::of(row.exponent()), weights, &w_sum, &x_sum);
-    });
+  return choose_by_sums(rows, row, u, totals, work, [](std::int64_t) { return false; });
+}
+
+// Whether an id is one of the vocabulary and lies in a block.
+inline bool is_in(const SamplingRows& rows, std::int64_t id, std::int64_t block) {
+  return id >= 0 && id < rows.vocabulary && id / draw_block == block;
+}
+
+inline bool has_forbidden(const SamplingRows& rows, std::int64_t block) {
+  for (std::int64_t i = 0; i < rows.num_forbidden; ++i) {
+    if (is_in(rows, rows.forbidden_ids[i], block)) return true;
   }
-  return {start + find_token(weights, 0, place.rest), totals.weights};
+  return false;
+}
+
+// Copy the blocks with forbidden ids without these and sum them anew; return the weight of all that is left, or -1 if one
+// of the ids has the largest logit, from which all are counted, or if there are many.
+template <typename T>
+inline double leave_out(const SamplingRows& rows, const Row<T>& row, float top, const Workspace& work) {
+  constexpr std::int64_t most = 16;
+  if (rows.num_forbidden > most) return -1;
+  const std::int64_t *begin = rows.forbidden_ids, *end = begin + rows.num_forbidden;
+  for (const std::int64_t* id = begin; id < end; ++id) {
+    if (*id >= 0 && *id < row.count && to_float(row.at[*id]) >= top) return -1;
+  }
+  for (const std::int64_t* id = begin; id < end; ++id) {
+    if (*id < 0 || *id >= row.count) continue;
+    const std::int64_t block = *id / draw_block, start = block * draw_block, rest = row.count - start;
+    float* left = work.logits + start;
+    for (std::int64_t i = 0; i < draw_block; ++i) left[i] = i < rest ? to_float(row.at[start + i]) : -infinity();
+    for (const std::int64_t* other = begin; other < end; ++other) {
+      if (is_in(rows, *other, block)) left[*other - start] = -infinity();
+    }
+    Vec w_sum = Vec::of(0), x_sum = w_sum;
+    weigh_block<false>(left, Vec::of(top), Vec::of(row.exponent()), work.weights, &w_sum, &x_sum);
+    work.sums[block] = sum(w_sum);
+  }
+  double total = 0;
+  for (std::int64_t b = 0; b < work.blocks; ++b) total += work.sums[b];
+  return total;
 }
 
 // Copy a row without the forbidden ids, whose logits become -inf.
@@ -174,7 +227,13 @@ inline void draw(const SamplingRows& rows, std::int64_t r, const Row<T>& row, co
   const Totals all = weigh_for(rows, row, top, work);
   Choice choice = {0, 0};
   bool can_draw = all.weights < infinity();
-  if (can_draw && is_restricted(rows, r)) {
+  const bool is_limited = is_restricted(rows, r), is_plain = !rows.is_greedy && !is_truncated(rows);
+  const double left = can_draw && is_limited && is_plain ? leave_out(rows, row, top, work) : -1;
+  if (left > 0) {
+    const double u = number_of(rows, r);
+    const auto is_copied = [&](std::int64_t block) { return has_forbidden(rows, block); };
+    choice = choose_by_sums(rows, row, u, {top, left, 0}, work, is_copied);
+  } else if (can_draw && is_limited) {
     const Row<float> rest = without_forbidden(rows, row, work);
     const float rest_top = find_largest(rest, work.largest);
     can_draw = rest_top > -infinity();

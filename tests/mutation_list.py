@@ -23,6 +23,7 @@ TRAINER = ("tests/test_ppo.py", "tests/test_defects_update.py", "tests/test_trl_
 STATISTICS_H, HEAD_H = "csrc/row_statistics.inc.hpp", "csrc/head_rows.inc.hpp"
 SAMPLING = ("tests/test_sampling.py", "tests/test_sampling_limits.py")
 SAMPLING_H = "csrc/sampling.inc.hpp"
+LOOP, LOOPED = "csrc/decode_loop.cpp", ("tests/test_decode_loop.py",)
 REWARDS = ("tests/test_reward_contract.py",)
 CRITICS, SWITCHING = ("tests/test_critics.py",), ("tests/test_switching.py",)
 SCHEDULE, PAGED = ("tests/test_schedule.py",), ("tests/test_paged_engine.py",)
@@ -463,5 +464,45 @@ MUTATIONS = [
         "wide.abs().amax(1, keepdim=True)",
         "wide.abs().amax()",
         ("tests/test_row_wise.py",),
+    ),
+    Mutation(
+        "decoding on after an end",
+        "engines that draw several tokens before they look",
+        LOOP,
+        "if (has_ended(loop, out.tokens)) return done + 1;",
+        "",
+        LOOPED,
+    ),
+    Mutation(
+        "the same random number for every step of a loop",
+        "an oversight",
+        LOOP,
+        "for (std::int64_t& place : places) ++place;",
+        "",
+        LOOPED,
+    ),
+    Mutation(
+        "a least length that does not move on",
+        "an oversight",
+        LOOP,
+        "loop.drawn[r] + done < loop.least",
+        "loop.drawn[r] < loop.least",
+        LOOPED,
+    ),
+    Mutation(
+        "only one of the forbidden ids of a block",
+        "an oversight",
+        SAMPLING_H,
+        "if (is_in(rows, *other, block)) left[*other - start] = -infinity();",
+        "if (other == id) left[*other - start] = -infinity();",
+        SAMPLING,
+    ),
+    Mutation(
+        "room for a token of each row, whatever was reserved",
+        "our own, until loops ended early",
+        "fastppo/engine/schedule.py",
+        "self.ledger.fits(self.ledger.missing(full, 1))",
+        "self.ledger.fits([len(full)] * len(self.ledger.pools))",
+        ("tests/test_schedule.py",),
     ),
 ]

@@ -34,14 +34,15 @@ def share_of_a(prompts, completions, label):
 def interrupted(where, number):
     '''Send this process a signal in the middle of its second rollout or update.'''
     import fastppo.engine.engine as engine, fastppo.trainers.ppo as ppo
-    owner, name = (engine.Sampler, "draw_at") if where == "rollout" else (ppo, "optimise")
+    owner, name = (engine.PagedDecoder, "step") if where == "rollout" else (ppo, "optimise")
     real, calls = getattr(owner, name), []
-    def wrapped(*args, **kwargs):
-        calls.append(1)
-        # A rollout of six tokens draws six times, and the first one is that of the held-out prompts.
-        if len(calls) == (14 if where == "rollout" else 2):
+    def wrapped(first, *args, **kwargs):
+        calls.append(first)
+        # Each rollout has a decoder of its own, and the first one is that of the held-out prompts.
+        is_second_rollout = len(set(map(id, calls))) == 3 and calls.count(first) == 2
+        if is_second_rollout if where == "rollout" else len(calls) == 2:
             os.kill(os.getpid(), number)
-        return real(*args, **kwargs)
+        return real(first, *args, **kwargs)
     setattr(owner, name, wrapped)
     return share_of_a
 

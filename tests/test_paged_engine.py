@@ -235,6 +235,7 @@ def test_responses_can_be_cancelled_from_another_thread(monkeypatch):
         return draw(self, *given)
 
     monkeypatch.setattr(Sampler, "draw_at", cancelling)
+    monkeypatch.setattr(engine_module, "loop_of", lambda step, sampler: None)
     sampling = SamplingConfig(max_new_tokens=12, stop_ids=())
     rollout = engine.generate(tiny.queries(5), sampling)
     assert rollout.reasons == ("length", "cancelled", "length", "length", "cancelled")
@@ -260,6 +261,7 @@ def test_an_interrupted_call_leaves_nothing_behind(monkeypatch):
     sampling = SamplingConfig(max_new_tokens=12)
     implementation = model.config._attn_implementation
     monkeypatch.setattr(Sampler, "draw_at", interrupted)
+    monkeypatch.setattr(engine_module, "loop_of", lambda step, sampler: None)
     with pytest.raises(KeyboardInterrupt):
         engine.generate(queries, sampling, keep=True)
     monkeypatch.setattr(Sampler, "draw_at", draw)

@@ -180,3 +180,19 @@ def test_truncation_leaves_shared_blocks_alone_and_knows_what_a_window_has_forgo
     for one in (held, fork):
         ledger.free(one)
     assert [pool.free for pool in ledger.pools] == [9, 9]
+
+
+def test_what_was_reserved_is_not_asked_for_again():
+    """Steps may end before all that were reserved are done, with every block in somebody's hands."""
+    ledger = Ledger([None], [6], 3)
+    scheduler = Scheduler(ledger, [Job(i, Prompt(i, BLOCK), 2 * BLOCK) for i in range(2)], 2, 64)
+    scheduler.commit(scheduler.plan(), [])
+    plan = scheduler.plan()
+    assert scheduler.reserve(plan, BLOCK + 4) == BLOCK + 4
+    assert ledger.pools[0].free == 0
+    scheduler.commit(plan, [])
+    for _ in range(BLOCK - 1):
+        scheduler.commit(scheduler.again(plan), [])
+    assert [job.held.length for job in scheduler.decoding] == [2 * BLOCK] * 2
+    assert len(scheduler.plan().decode) == 2
+    assert scheduler.preemptions == 0

@@ -64,6 +64,11 @@ class Call:
         """Whether more requests can join: while something goes on, and with the paged cache."""
         return self.is_open and isinstance(self.decoder, PagedDecoder)
 
+    @property
+    def tokens_per_step(self) -> int:
+        """The most tokens that a step draws for a response."""
+        return self.decoder.tokens_per_step if isinstance(self.decoder, PagedDecoder) else 1
+
     def extend(self, prompts: Sequence[Tensor], limits: Sequence[int], places: Places) -> None:
         """Take in more requests, which go on where earlier ones of these numbers, kept and over, have ended.
 

@@ -14,6 +14,7 @@ from fastppo.engine import prompts as incoming
 from fastppo.engine.call import Call, OnResponse, Stream
 from fastppo.engine.graphs import GraphStep
 from fastppo.engine.kv import PagedCache
+from fastppo.engine.loop import loop_of
 from fastppo.engine.paged import PagedDecoder
 from fastppo.engine.requests import Places, Requests
 from fastppo.engine.sampler import Sampler
@@ -127,6 +128,8 @@ class Engine:
         No other call may be made, and no weight changed, until it has ended or is closed.
         """
         call = self._start(prompts, sampling, n, max_new_tokens, keep, generation_kwargs)
+        if isinstance(call.decoder, PagedDecoder):
+            call.decoder.loop = None  # who reads along wants each token when it is drawn
         return Stream(call, self.tokenizer)
 
     def continue_(
@@ -267,6 +270,7 @@ class Engine:
             if version != cache.version:
                 cache.release()  # computed with other weights
             cache.version = version
+        program = self._decode_step(cache)
         return PagedDecoder(
             self.model,
             requests,
@@ -275,8 +279,9 @@ class Engine:
             max_rows=self.max_rows,
             prefill_tokens=self.prefill_tokens,
             keep=keep,
-            program=self._decode_step(cache),
+            program=program,
             steps_per_check=STEPS_PER_CHECK.get(like.device.type, 1),
+            loop=loop_of(program, sampler),
         )
 
     def _decode_step(self, cache: PagedCache) -> DecodeStep | None:

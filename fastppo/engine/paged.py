@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastppo.engine.jobs import Chunk, Job, Plan, Prompt
 from fastppo.engine.kv import Kept, PagedCache
+from fastppo.engine.loop import Loop
 from fastppo.engine.requests import Draw, Requests, on_host
 from fastppo.engine.sampler import Sampler
 from fastppo.engine.schedule import Scheduler
@@ -24,7 +25,7 @@ class PagedDecoder:
 
     `program` runs the decode rows in place of the model's modules, if there is one. Where nothing but decoding is to
     be done, up to `steps_per_check` tokens are drawn before the host looks whether a response has ended with them; what
-    was drawn after that is dropped.
+    was drawn after that is dropped. A `loop` draws many as well, but stops where a response ends.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class PagedDecoder:
         keep: bool = False,
         program: DecodeStep | None = None,
         steps_per_check: int = 1,
+        loop: Loop | None = None,
     ):
+        self.loop = loop
         self.model, self.requests, self.sampler, self.cache = model, requests, sampler, cache
         self.program, self.keep, self.steps_per_check = program, keep, steps_per_check
         self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
@@ -101,20 +104,29 @@ class PagedDecoder:
         if self.scheduler.is_done:  # what was left has just been cancelled: there is nothing to compute
             return False
         plan = self.scheduler.plan()
-        steps = self.scheduler.reserve(plan, self.steps_per_check)
+        steps = self.scheduler.reserve(plan, self.tokens_per_step)
         planned = perf_counter()
-        hidden = self._compute(plan)
-        self.cache.copy(plan.copies)
-        computed = perf_counter()
-        draws = self._draw(plan, hidden, steps)
+        if self.loop is not None and steps > 1:
+            draws = self.loop.draws(*self._last(plan.decode), self.requests.next_places(plan.drawing), steps)
+            computed = perf_counter()
+        else:
+            hidden = self._compute(plan)
+            self.cache.copy(plan.copies)
+            computed = perf_counter()
+            draws = self._draw(plan, hidden, steps)
         drawn = perf_counter()
         self._commit(plan, draws)
-        self._counts["steps"] += steps
+        self._counts["steps"] += max(1, len(draws))
         self._counts["prefill_tokens"] += sum(chunk.stop - chunk.start for chunk in plan.chunks)
         self._seconds["forward"] += computed - planned
         self._seconds["draw"] += drawn - computed
         self._seconds["schedule"] += planned - start + perf_counter() - drawn
         return not self.scheduler.is_done
+
+    @property
+    def tokens_per_step(self) -> int:
+        """The most tokens that `step` draws for a row."""
+        return self.steps_per_check if self.loop is None else self.loop.most
 
     def close(self, is_complete: bool) -> None:
         """Give the memory back, except for the sequences that are to be kept after a call that is complete."""

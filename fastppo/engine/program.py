@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,37 +81,73 @@ class Program:
             tables: for each of `windows` int32 (sequences, max_blocks) block numbers.
             pools: for each layer keys (blocks, kv_heads, head_size, 16) and values (blocks, kv_heads, 16, value_size).
         """
-        if len(input_ids) == 0:
-            return torch.empty(0, self.hidden_size)
-        positions, sequences = positions.to(torch.int32), sequences.to(torch.int32)
-        self._check(input_ids, positions, tables, pools)
-        rows = [part.contiguous() for part in (input_ids, positions, sequences)]
-        angles = [rope.up_to(int(positions.max()) + 1) for rope in self._ropes]
         out = torch.empty(len(input_ids), self.hidden_size)
-        self._listing.native.run(
-            (len(input_ids), *(part.data_ptr() for part in rows)),
+        if len(input_ids):
+            rows = _as_read(input_ids, positions, sequences)
+            step = self._arguments(rows, tables, pools, 1)
+            self._listing.native.run(step, out.data_ptr(), torch.get_num_threads())
+        return out
+
+    def loop(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        sequences: Tensor,
+        tables: Sequence[Tensor],
+        pools: Sequence[tuple[Tensor, Tensor]],
+        hidden: Tensor,
+        *drawing: Any,
+    ) -> int:
+        """Do up to len(hidden) steps in a row, each from the tokens that the one before has drawn; return how many.
+
+        Only where each token is its sequence's last. `hidden` (steps, M, H) fp32 gets the hidden states; `drawing` is
+        head, sampling, bounds and results as csrc/decode_loop.hpp wants them. For the rest see `step`.
+        """
+        rows = _as_read(input_ids, positions, sequences)
+        step = self._arguments(rows, tables, pools, len(hidden))
+        head, sampling, bounds, out = drawing
+        most, threads = len(hidden), torch.get_num_threads()
+        count: int = self._listing.native.loop(step, head, sampling, bounds, most, hidden.data_ptr(), out, threads)
+        return count
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all that a step reads but the cache."""
+        return sum(tensor.nbytes for tensor in self._listing.tensors)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that have an embedding."""
+        return self._listing.vocabulary
+
+    def _arguments(
+        self, rows: list[Tensor], tables: Sequence[Tensor], pools: Sequence[tuple[Tensor, Tensor]], steps: int
+    ) -> tuple[Any, ...]:
+        """Check what so many steps need and return the addresses."""
+        positions = rows[1]
+        self._check(rows[0], int(positions.max()) + steps - 1, tables, pools)
+        angles = [rope.up_to(int(positions.max()) + steps) for rope in self._ropes]
+        return (
+            (len(positions), *(part.data_ptr() for part in rows)),
             [(table.data_ptr(), table.stride(0)) for table in tables],
             [
                 (k.data_ptr(), v.data_ptr(), k.dtype is torch.bfloat16, s.kv_heads, s.head_size, s.value_size)
                 for (k, v), s in zip(pools, self.layers, strict=True)
             ],
             [(cosines.data_ptr(), sines.data_ptr(), cosines.shape[1]) for cosines, sines in angles],
-            out.data_ptr(),
-            torch.get_num_threads(),
         )
-        return out
 
     def _check(
-        self, input_ids: Tensor, positions: Tensor, tables: Sequence[Tensor], pools: Sequence[tuple[Tensor, Tensor]]
+        self, input_ids: Tensor, last: int, tables: Sequence[Tensor], pools: Sequence[tuple[Tensor, Tensor]]
     ) -> None:
-        """Raise ValueError for what would read or write beside a tensor."""
+        """Raise ValueError for what would read or write beside a tensor, with positions up to `last`."""
         lowest, highest = map(int, input_ids.aminmax())
         if lowest < 0 or highest >= self._listing.vocabulary:
             raise ValueError(
                 f"input_ids reach from {lowest} to {highest}, expected 0 to {self._listing.vocabulary - 1}: they are "
                 "another tokenizer's"
             )
-        limit, last = self._listing.num_positions, int(positions.max())
+        limit = self._listing.num_positions
         if limit is not None and last >= limit:
             raise ValueError(f"position {last} is past the {limit} that the model has learned: generate shorter texts")
         if len(tables) != len(self.windows) or any(table.dtype is not torch.int32 for table in tables):
@@ -126,6 +163,11 @@ class Program:
                     f"a layer's cache is {keys.dtype} {tuple(keys.shape)} and {values.dtype} {tuple(values.shape)}, "
                     f"expected contiguous fp32 or bf16 blocks of {sizes[0]} and {sizes[1]}"
                 )
+
+
+def _as_read(input_ids: Tensor, positions: Tensor, sequences: Tensor) -> list[Tensor]:
+    parts = input_ids, positions.to(torch.int32), sequences.to(torch.int32)
+    return [part.contiguous() for part in parts]
 
 
 def _cache_shape(layer: Layer, windows: tuple[int, ...]) -> CacheShape:

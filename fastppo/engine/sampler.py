@@ -35,37 +35,53 @@ class Sampler:
         """Draw the next token of these requests from their last hidden states (N, H)."""
         return self.draw_at(hidden, self.requests.next_places(requests), self.may_be_early(requests))
 
+    @property
+    def scaling(self) -> Scaling:
+        """What is between raw logits and the softmax."""
+        temperature = self.sampling.temperature if self.sampling.do_sample else 1.0
+        return Scaling(temperature, self.head.softcap, self.head.logit_scale)
+
+    @property
+    def limits(self) -> tuple[int, float, bool]:
+        """Top-k, top-p, and whether the likeliest token is taken."""
+        return self.sampling.top_k, self.sampling.top_p, not self.sampling.do_sample
+
     def may_be_early(self, requests: Sequence[int]) -> bool:
         """Whether one of these requests is too short to end."""
-        least = self.sampling.min_new_tokens
-        return len(self.end_ids) > 0 and any(len(self.requests.tokens[request]) < least for request in requests)
+        return self.is_early(min((len(self.requests.tokens[request]) for request in requests), default=0))
+
+    def is_early(self, length: int) -> bool:
+        """Whether a response of this length must not end."""
+        return len(self.end_ids) > 0 and length < self.sampling.min_new_tokens
+
+    def values(self, hidden: Tensor) -> Tensor | None:
+        """Return the values (N,) of hidden states (N, H), if there is a value head."""
+        return None if self.value_head is None else self.value_head(hidden).squeeze(-1)
 
     def draw_at(self, hidden: Tensor, places: Tensor, may_be_early: bool) -> Draw:
         """Draw from hidden states (N, H) the tokens of `places` (3, N), as `Requests.next_places` gives them.
 
         Nothing is read back from the device.
         """
-        sampling, head = self.sampling, self.head
-        temperature = sampling.temperature if sampling.do_sample else 1.0
-        hidden = hidden.to(head.weight.dtype)
+        scaling, (top_k, top_p, greedy) = self.scaling, self.limits
+        hidden = hidden.to(self.head.weight.dtype)
         logits = self.logits.fill(hidden)
         result = ops.sample_tokens(
             logits,
             self.requests.seed,
             *places[:2],
-            temperature=temperature,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            greedy=not sampling.do_sample,
+            temperature=scaling.temperature,
+            softcap=scaling.softcap,
+            logit_scale=scaling.logit_scale,
+            top_k=top_k,
+            top_p=top_p,
+            greedy=greedy,
             **(self._forbidden(places) if may_be_early else {}),
         )
         if self.is_exact:
-            scaling = Scaling(temperature, head.softcap, head.logit_scale)
             stats = statistics(logits, result[0], scaling)
             result = (result[0], stats.logprobs, stats.entropies, result[3])
-        return Draw(*result, None if self.value_head is None else self.value_head(hidden).squeeze(-1))
+        return Draw(*result, self.values(hidden))
 
     def _forbidden(self, places: Tensor) -> dict[str, Tensor]:
         """Name the rows that are too short to end, and the ids that would end them."""

@@ -150,7 +150,7 @@ class Scheduler:
             full = [held for job in self.decoding if (held := job.held) is not None and not held.length % BLOCK]
             for held in full:
                 self.ledger.forget(held, held.length)
-            if self.ledger.fits([len(full)] * len(self.ledger.pools)):
+            if self.ledger.fits(self.ledger.missing(full, 1)):  # steps that ended early have reserved some
                 break
             self._preempt()
         for job in self.decoding:

@@ -61,10 +61,27 @@ class ProgramStep:
 
     def __call__(self, ids: Tensor, positions: Tensor, sequences: Tensor) -> Tensor:
         """Return the last hidden states (T, H), in the model's dtype."""
-        self._cache.layers()
-        tables = [self._cache.tables[group] for group in self._groups]
-        hidden: Tensor = self._program.step(ids, positions, sequences, tables, list(self._cache.pools.values()))
+        hidden: Tensor = self._program.step(ids, positions, sequences, *self._memory())
         return hidden.to(self._cache.like.dtype)
+
+    def loop(self, ids: Tensor, positions: Tensor, sequences: Tensor, hidden: Tensor, *drawing: Any) -> int:
+        """Do `Program.loop` on the cache."""
+        return self._program.loop(ids, positions, sequences, *self._memory(), hidden, *drawing)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all that a step reads but the cache."""
+        return self._program.num_bytes
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that have an embedding."""
+        return self._program.vocabulary
+
+    def _memory(self) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Return the tables of each window, as they are now, and the pools of each layer."""
+        self._cache.layers()
+        return [self._cache.tables[group] for group in self._groups], list(self._cache.pools.values())
 
 
 def program_step(model: Any, cache: PagedCache) -> ProgramStep | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastppo.config import SamplingConfig
 from fastppo.engine.call import Call
-from fastppo.engine.engine import STEPS_PER_CHECK, Engine
+from fastppo.engine.engine import Engine
 from fastppo.engine.requests import Places
 from fastppo.environments.calls import CallFormat, Request, encode_parts
 from fastppo.environments.history import TextHistory, ToolCall
@@ -98,7 +98,7 @@ class Episodes:
     def _drive(self, call: Call, owners: list[_Episode]) -> None:
         """Run the call to its end; `owners`, one for each of its requests, grow with it."""
         going = dict(enumerate(owners))
-        steps = max(1, _TOKENS_PER_LOOK // STEPS_PER_CHECK.get(owners[0].history.tokens.device.type, 1))
+        steps = max(1, _TOKENS_PER_LOOK // call.tokens_per_step)
         while call.is_open:
             call.run(steps)
             for request in [request for request in going if call.requests.reasons[request]]:

@@ -71,8 +71,9 @@ class LogitBuffer:
         self.weight, self.bias = weight, bias
         # From 32,000 words on, in fp32 on two cores, 180 to 205 GFLOP/s, where torch's matmul reaches 90 to 155. And of
         # torch's matmuls only CUDA's can widen: bf16 logits cost 0.02 nats a token, as much as a step of PPO moves.
-        self._is_ours = backend(weight.device) == "native" and weight.dtype in FLOAT_TYPES
-        widens = self._is_ours or (kind_of(weight.device) == "cuda" and weight.dtype in (torch.float16, torch.bfloat16))
+        self.is_native = backend(weight.device) == "native" and weight.dtype in FLOAT_TYPES
+        is_half = weight.dtype in (torch.float16, torch.bfloat16)
+        widens = self.is_native or (kind_of(weight.device) == "cuda" and is_half)
         self.dtype = torch.float32 if widens else weight.dtype
         self._allocate(rows)
 
@@ -84,13 +85,13 @@ class LogitBuffer:
     def _allocate(self, rows: int) -> None:
         self.buffer = room(rows, self.weight, self.dtype)
         self._gradient = self.buffer if self.dtype == self.weight.dtype else None
-        if self._is_ours and self._gradient is None:  # the row kernels never overtake what is still to be read
+        if self.is_native and self._gradient is None:  # the row kernels never overtake what is still to be read
             self._gradient = self.buffer.view(self.weight.dtype)[:, : len(self.weight)]
 
     def fill(self, hidden: Tensor) -> Tensor:
         """Return the raw logits (C, V) of hidden (C, H)."""
         out, transposed = self.buffer[: len(hidden)], self.weight.t()
-        if self._is_ours:
+        if self.is_native:
             return small_linear(hidden, self.weight, self.bias, out=out)
         if self.dtype != hidden.dtype:
             torch.mm(hidden, transposed, out_dtype=self.dtype, out=out)

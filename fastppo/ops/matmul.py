@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,12 +66,10 @@ def small_linear(
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, out: Tensor) -> Tensor:
     """Do `small_linear` on the native backend, on what belongs together."""
-    is_transposed = weight.stride(0) == 1 and weight.stride(1) != 1
+    is_transposed = _is_transposed(weight)
     is_half = scales is not None and x.dtype == torch.bfloat16 and not is_transposed
     # Named here, so that what is copied lives until the call ends.
-    x = _dense(x.float())
-    weight = weight if is_transposed else _dense(weight)
-    bias = None if bias is None else bias.contiguous()
+    x, (weight, bias) = _dense(x.float()), readable(weight, bias)
     scales = None if scales is None else scales.contiguous()
     native().small_matmul(
         (*x.shape, len(weight)),
@@ -82,14 +81,42 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | No
             is_transposed,
             0 if scales is None else scales.data_ptr(),
         ),
-        (0, False) if bias is None else (bias.data_ptr(), bias.dtype == torch.bfloat16),
+        _bias_place(bias),
         1.0,
         False,
         (out.data_ptr(), out.stride(0)),
         _is_row_invariant,
-        torch.get_num_threads() if x.numel() * len(weight) >= MIN_PARALLEL else 1,
+        threads_for(x.numel() * len(weight)),
     )
     return out
+
+
+def readable(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return both as the C++ code can read them, copied only if need be."""
+    return weight if _is_transposed(weight) else _dense(weight), None if bias is None else bias.contiguous()
+
+
+def head_arguments(weight: Tensor, bias: Tensor | None, out: Tensor) -> tuple[tuple[Any, ...], int]:
+    """Return how C++ is told of a `readable` head's matmul into `out` (M, N), x yet unknown, and its threads."""
+    rows, inputs = len(out), weight.shape[1]
+    is_transposed = _is_transposed(weight)
+    place = (weight.data_ptr(), weight.stride(int(is_transposed)), WEIGHT_TYPES[weight.dtype], is_transposed, 0)
+    shape = (rows, inputs, len(weight))
+    described = (shape, (0, inputs), place, _bias_place(bias), (out.data_ptr(), out.stride(0)))
+    return described, threads_for(rows * inputs * len(weight))
+
+
+def threads_for(products: int) -> int:
+    """Return how many threads so many multiplications are worth."""
+    return torch.get_num_threads() if products >= MIN_PARALLEL else 1
+
+
+def _bias_place(bias: Tensor | None) -> tuple[int, bool]:
+    return (0, False) if bias is None else (bias.data_ptr(), bias.dtype == torch.bfloat16)
+
+
+def _is_transposed(weight: Tensor) -> bool:
+    return weight.stride(0) == 1 and weight.stride(1) != 1
 
 
 def _dense(part: Tensor) -> Tensor:

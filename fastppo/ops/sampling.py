@@ -71,21 +71,33 @@ def _sample_natively(
     limits: tuple[int, float, bool],
     forbidden: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    seed, requests, positions = numbers
-    addresses = [0 if part is None else part.data_ptr() for part in (requests, positions, *forbidden)]
     tokens = torch.empty(len(logits), dtype=torch.int64)
     logprobs, entropies, kept_mass = torch.empty(3, len(logits))
-    native().sample_tokens(
+    *arguments, threads = row_arguments(logits, numbers, scaling, limits, forbidden)
+    out = tuple(part.data_ptr() for part in (tokens, logprobs, entropies, kept_mass))
+    native().sample_tokens(*arguments, out, threads)
+    return tokens, logprobs, entropies, kept_mass
+
+
+def row_arguments(
+    logits: Tensor,
+    numbers: tuple[int, Tensor, Tensor],
+    scaling: Scaling,
+    limits: tuple[int, float, bool],
+    forbidden: tuple[Tensor | None, Tensor | None],
+) -> tuple[Any, ...]:
+    """Return how the C++ code is told of rows that are dense and have been checked, the threads last."""
+    seed, requests, positions = numbers
+    addresses = [0 if part is None else part.data_ptr() for part in (requests, positions, *forbidden)]
+    return (
         tuple(logits.shape),
         (logits.data_ptr(), logits.stride(0), logits.dtype == torch.bfloat16),
         (scaling.logit_scale, scaling.softcap or 0.0, scaling.temperature),
         (seed & 0xFFFFFFFFFFFFFFFF, *addresses[:2]),
         limits,
         (addresses[2], 0 if forbidden[0] is None else len(forbidden[0]), addresses[3]),
-        tuple(part.data_ptr() for part in (tokens, logprobs, entropies, kept_mass)),
         torch.get_num_threads() if logits.numel() >= _MIN_PARALLEL else 1,
     )
-    return tokens, logprobs, entropies, kept_mass
 
 
 def _check_scalars(scaling: Scaling, top_k: int, top_p: float) -> None:
