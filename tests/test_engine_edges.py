@@ -9,6 +9,7 @@ from families import build
 from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from torch import nn
+from transformers import GenerationConfig, LEDConfig, LEDForConditionalGeneration
 
 from fastppo import Engine, SamplingConfig
 from fastppo.engine.blocks import Ledger
@@ -124,6 +125,8 @@ BAD = {
     "n of 0": ({"n": 0}, "is 0; expected a whole number of responses to a prompt, from 1"),
     "num_return_sequences of 0": ({"num_return_sequences": 0}, "is 0; expected a whole number"),
     "half a token": ({"max_new_tokens": [2.5]}, "each prompt a positive limit, a whole number, got 2.5"),
+    "a dict of settings": ({"sampling": {"top_k": 5}}, "sampling is a dict, expected a SamplingConfig"),
+    "transformers' settings": ({"sampling": GenerationConfig()}, "sampling is a GenerationConfig, expected"),
     "no limit": ({"max_new_tokens": [None]}, "each prompt a positive limit, a whole number, got None"),
 }
 
@@ -152,6 +155,20 @@ def test_ways_to_draw_that_cannot_be_meant_are_named(given, message):
         SamplingConfig(**given)
 
 
+@pytest.mark.parametrize("name", ["max_rows", "prefill_tokens", "kv_memory"])
+@pytest.mark.parametrize("value", [0, -3, 1.5, "8"])
+def test_bounds_that_cannot_be_meant_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number, at least 1, got {value!r}"):
+        Engine(tiny.llama(), **{name: value})
+
+
+def test_part_of_a_rollout_cannot_be_continued():
+    engine = Engine(tiny.llama())
+    rollout = engine.generate([[5, 9], [11]], max_new_tokens=3)
+    with pytest.raises(ValueError, match="rollout is a list, expected a whole Rollout"):
+        engine.continue_(rollout[:1], [[4]])
+
+
 def test_the_least_length_is_held_against_the_prompts_own_limits():
     rollout = Engine(tiny.llama(context=256)).generate([[5, 9], [11]], max_new_tokens=[150, 140], min_new_tokens=135)
     assert all(135 <= len(response) <= limit for response, limit in zip(rollout, (150, 140), strict=True))
@@ -164,6 +181,17 @@ def test_contexts_under_other_names_are_kept_to(family, length, limit):
     model = build(family, with_encoder=family == "led")
     with pytest.raises(ValueError, match=r"the model's context is 128|the decoder has room for 127"):
         Engine(model).generate([[5] * length], max_new_tokens=limit)
+
+
+@pytest.mark.parametrize("decoder", [32, 5])
+def test_a_decoder_with_less_room_than_its_encoder_is_probed_within_it(decoder):
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers"), 1) | {"d_model": 16, "vocab_size": 40}
+    sizes |= {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
+    sizes |= {f"max_{part}_position_embeddings": room for part, room in (("encoder", 64), ("decoder", decoder))}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    model = LEDForConditionalGeneration(LEDConfig(attention_window=8, **sizes, **ids)).eval()
+    rollout = Engine(model).generate(tiny.queries(4), max_new_tokens=4, min_new_tokens=4)
+    assert [len(response) for response in rollout] == [4] * 4
 
 
 def test_an_empty_response_cannot_be_scored():

@@ -105,8 +105,7 @@ def _accuracy(options: InspectArguments, quantised: dict[str, Any], sequences: l
 
 def describe(model: Any) -> list[tuple[str, str]]:
     """Return names and values of what is known of a model, a probe by short random sequences included."""
-    from fastppo.engine.prompts import context_length
-    from fastppo.models.network import causal_lm
+    from fastppo.models.network import causal_lm, context_length
 
     inner = causal_lm(model)
     parameters = list(model.parameters())

@@ -114,6 +114,8 @@ class Stream:
 
     def __init__(self, call: Call, tokenizer: Any):
         self._call, self._tokenizer = call, tokenizer
+        if isinstance(call.decoder, PagedDecoder):
+            call.decoder.loop = None  # who reads along wants each token when it is drawn
         count = len(call.requests.prompts)
         self._events: deque[Event] = deque()
         self._num_draws = 0  # turned into events so far

@@ -28,6 +28,7 @@ from fastppo.models.exact import NOT_EXACT, exact_linears
 from fastppo.models.loading import adopt_quantised
 from fastppo.models.network import causal_lm, is_encoder_decoder, weight_version
 from fastppo.ops.attention import has_paged_kernels
+from fastppo.rules import holds, is_count
 from fastppo.types import Rollout
 
 # Tokens drawn before the host looks at them: it waits for the device, and after a token that ends its response, half
@@ -63,9 +64,10 @@ class Engine:
         if consistency not in ("bounded", "exact"):
             raise ValueError(f"consistency must be 'bounded' or 'exact', got {consistency!r}")
         self.is_exact = consistency == "exact"
-        for name, value in (("max_rows", max_rows), ("kv_memory", kv_memory), ("prefill_tokens", prefill_tokens)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        bounds = {"max_rows": max_rows, "prefill_tokens": prefill_tokens, "kv_memory": kv_memory}
+        for name, value in bounds.items():
+            if not holds(is_count, value) and (name, value) != ("kv_memory", None):
+                raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
         adopt_quantised(model)
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.seed = max_rows, seed
@@ -128,8 +130,6 @@ class Engine:
         No other call may be made, and no weight changed, until it has ended or is closed.
         """
         call = self._start(prompts, sampling, n, max_new_tokens, keep, generation_kwargs)
-        if isinstance(call.decoder, PagedDecoder):
-            call.decoder.loop = None  # who reads along wants each token when it is drawn
         return Stream(call, self.tokenizer)
 
     def continue_(
@@ -160,6 +160,8 @@ class Engine:
                 f"{type(causal_lm(self.model)).__name__} is an encoder-decoder, whose response is not part of what the "
                 "next one follows; put the episode so far into the prompt and call generate"
             )
+        if not isinstance(rollout, Rollout):  # a slice of one is a list
+            raise ValueError(f"rollout is a {type(rollout).__name__}, expected a whole Rollout as generate returns it")
         if len(new_tokens) != len(rollout):
             raise ValueError(f"got new tokens for {len(new_tokens)} responses, but the rollout has {len(rollout)}")
         added = incoming.encode(new_tokens, self.model, self.tokenizer, is_continued=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastppo.config import SamplingConfig
-from fastppo.models.network import causal_lm
+from fastppo.models.network import causal_lm, context_length, prompt_length
 from fastppo.models.seq2seq import decoder_prefix
 from fastppo.rules import holds, is_count
 
@@ -19,6 +19,11 @@ def settings(
     sampling: SamplingConfig | None, n: int, limits: int | Sequence[int] | None, generation_kwargs: dict[str, Any]
 ) -> tuple[SamplingConfig, int, Sequence[int] | None]:
     """Return how to draw, the responses to each prompt, and the prompts' own limits, if any. Raises ValueError."""
+    if sampling is not None and not isinstance(sampling, SamplingConfig):
+        raise ValueError(
+            f"sampling is a {type(sampling).__name__}, expected a SamplingConfig; transformers' names are taken as "
+            "keyword arguments, such as temperature=0.7"
+        )
     given = generation_kwargs.pop("num_return_sequences", None)
     n = n if given is None else given
     if not holds(is_count, n):
@@ -131,19 +136,3 @@ def room_for_prompt(model: Any, new_tokens: int) -> int | None:
             f"max_new_tokens={new_tokens}, but the decoder has room for {context - len(prefix)}; lower max_new_tokens"
         )
     return prompt_length(model)
-
-
-def context_length(model: Any) -> int | None:
-    """Return the number of positions that the model was made for, or None if it sets no limit."""
-    return _positions(model, "max_position_embeddings", "max_decoder_position_embeddings", "max_seq_len")
-
-
-def prompt_length(model: Any) -> int | None:
-    """Return the same of what reads prompts, which may be an encoder with positions of its own."""
-    return _positions(model, "max_encoder_position_embeddings") or context_length(model)
-
-
-def _positions(model: Any, *names: str) -> int | None:
-    config = causal_lm(model).config.get_text_config()
-    length = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
-    return int(length) if length is not None and length > 0 else None

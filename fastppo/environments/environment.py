@@ -11,12 +11,11 @@ from torch import Tensor
 
 from fastppo.config import SamplingConfig
 from fastppo.engine.engine import Engine
-from fastppo.engine.prompts import context_length
 from fastppo.environments.calls import CallFormat, ChatCalls, TagCalls
 from fastppo.environments.episodes import Episodes, Limits
 from fastppo.environments.history import TextHistory
 from fastppo.environments.pool import ToolPool
-from fastppo.models.network import causal_lm
+from fastppo.models.network import causal_lm, context_length
 from fastppo.rewards import parse_scores
 
 _FORMATS = ("tags", "chat")

@@ -251,3 +251,19 @@ def active_adapters(model: nn.Module) -> list[tuple[bool, tuple[str, ...]]]:
     # transformers' own models have methods of these names.
     layers: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
     return [(layer.disable_adapters, tuple(layer.active_adapters)) for layer in layers]
+
+
+def context_length(model: Any) -> int | None:
+    """Return the number of positions that the model was made for, or None if it sets no limit."""
+    return _positions(model, "max_position_embeddings", "max_decoder_position_embeddings", "max_seq_len")
+
+
+def prompt_length(model: Any) -> int | None:
+    """Return the same of what reads prompts, which may be an encoder with positions of its own."""
+    return _positions(model, "max_encoder_position_embeddings") or context_length(model)
+
+
+def _positions(model: Any, *names: str) -> int | None:
+    config = causal_lm(model).config.get_text_config()
+    length = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+    return int(length) if length is not None and length > 0 else None

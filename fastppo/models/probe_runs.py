@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastppo.models.network import body, causal_lm, is_encoder_decoder, last_hidden, own_outputs
+from fastppo.models.network import (
+    body,
+    causal_lm,
+    context_length,
+    is_encoder_decoder,
+    last_hidden,
+    own_outputs,
+    prompt_length,
+)
 from fastppo.models.seq2seq import decoder_prefix
 
 # Three sequences that begin and end in different blocks of the cache, and are longer than its window.
@@ -18,8 +26,7 @@ _LENGTHS = (13, 22, 37)
 def random_sequences(model: nn.Module) -> list[Tensor]:
     """Return three sequences of random token ids, which fit the model's context."""
     inner = causal_lm(model)
-    config = inner.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or max(_LENGTHS)
+    context = min(context_length(model) or max(_LENGTHS), prompt_length(model) or max(_LENGTHS))
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(len(table.weight) for table in embeddings(model))
     lengths = [max(2, min(length, length * context // max(_LENGTHS))) for length in _LENGTHS]

@@ -16,10 +16,10 @@ from torch.nn.functional import logsigmoid
 from transformers import EvalPrediction, TrainingArguments, set_seed
 
 from fastppo.atomic import write_json
-from fastppo.engine.prompts import context_length
 from fastppo.models.attach import is_attached
 from fastppo.models.fusions import fused
 from fastppo.models.loading import adopt_quantised, translate_quantisation
+from fastppo.models.network import context_length
 from fastppo.models.passes import pass_tokens, passing
 from fastppo.models.recompute import recomputing
 from fastppo.models.scoring import padded_scores, reads_last_token, scores

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastppo.engine.prompts import context_length, prompt_length
-from fastppo.models.network import causal_lm, language_head
+from fastppo.models.network import causal_lm, context_length, language_head, prompt_length
 from fastppo.models.seq2seq import decoder_prefix
 from fastppo.rewards import is_listed
 from fastppo.types import Rollout, Samples, offsets_of

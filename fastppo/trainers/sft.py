@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from transformers import DataCollatorForLanguageModeling, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastppo.engine.prompts import context_length
 from fastppo.models.attach import is_attached
 from fastppo.models.fusions import fused
 from fastppo.models.loading import load_base
-from fastppo.models.network import is_encoder_decoder, verify_head
+from fastppo.models.network import context_length, is_encoder_decoder, verify_head
 from fastppo.models.passes import pass_tokens, passing
 from fastppo.models.recompute import recomputing
 from fastppo.trainers.completions import DataCollatorForCompletionOnlyLM
