@@ -194,7 +194,7 @@ class Engine:
 
     def cancel(self, requests: Iterable[int] | None = None) -> None:
         """End responses of the call under way, all if None, by their places in its list: from a stream's consumer or
-        another thread. They are returned as far as they got, with the reason "cancelled".
+        another thread. They are returned as far as they got, up to 16 tokens later, with the reason "cancelled".
         """
         call = self._call
         if call is not None:
