@@ -158,12 +158,15 @@ def test_there_is_no_loop_where_somebody_must_look_at_every_token(monkeypatch, l
     assert not loops
 
 
-def test_a_head_of_more_words_than_the_embedding_has_is_not_looped(loops):
+@pytest.mark.parametrize("words", [40, 48])
+def test_a_head_of_more_words_than_the_embedding_has_is_not_looped(loops, words):
     model = tiny.llama()
-    model.lm_head = torch.nn.Linear(16, 48, bias=False)
-    rollout = Engine(model, seed=1).generate([[5]] * 8, SamplingConfig(max_new_tokens=1, stop_ids=()))
-    assert len(rollout) == 8
-    assert not loops
+    model.lm_head = torch.nn.Linear(16, words)
+    with torch.no_grad():
+        model.lm_head.bias[40:] = -1e4  # never drawn
+    rollout = Engine(model, seed=1).generate([[5]] * 8, SamplingConfig(max_new_tokens=9, stop_ids=()))
+    assert [len(response) for response in rollout] == [9] * 8
+    assert bool(loops) == (words == 40)
 
 
 def test_a_cancellation_is_heard_after_a_loop(monkeypatch):

@@ -31,19 +31,17 @@ class Loop:
         """
         sampler, head = self._sampler, self._sampler.head
         requests, starts, drawn = places
-        logits = sampler.logits.buffer[: len(ids)]
+        logits, ends = sampler.logits.buffer[: len(ids)], sampler.end_ids
         weight, bias = readable(head.weight, head.bias)
-        forbidden = sampler.end_ids if sampler.is_early(int(drawn.min())) else None
+        forbidden = ends if sampler.is_early(int(drawn.min())) else None
         numbers = (sampler.requests.seed, requests, starts)
         rows = row_arguments(logits, numbers, sampler.scaling, sampler.limits, (forbidden, None))
-        ends = sampler.end_ids
         bounds = (drawn.data_ptr(), sampler.sampling.min_new_tokens, ends.data_ptr(), len(ends))
         hidden = torch.empty(steps, len(ids), weight.shape[1])
         tokens, records = torch.empty(steps, len(ids), dtype=torch.int64), torch.empty(3, steps, len(ids))
         out = tuple(part.data_ptr() for part in (tokens, *records))
-        count = self._step.loop(
-            ids, positions, sequences, hidden, head_arguments(weight, bias, logits), rows, bounds, out
-        )
+        place = head_arguments(weight, bias, logits)
+        count = self._step.loop(ids, positions, sequences, hidden, place, rows, bounds, out)
         values = sampler.values(hidden[:count].flatten(0, 1).to(weight.dtype))
         each = [None] * count if values is None else values.view(count, -1)
         return [Draw(*parts) for parts in zip(tokens[:count], *records[:, :count], each, strict=True)]
@@ -53,7 +51,8 @@ def loop_of(step: DecodeStep | None, sampler: Sampler) -> Loop | None:
     """Return a loop where there is a program and nothing but C++ is needed from one token to the next."""
     if not isinstance(step, ProgramStep) or not sampler.logits.is_native or sampler.is_exact:
         return None
-    if sampler.requests.stopping.strings or len(sampler.head.weight) > step.vocabulary:
+    vocabulary, width = sampler.head.weight.shape
+    if sampler.requests.stopping.strings or vocabulary > step.vocabulary or width != step.hidden_size:
         return None
     most = min(_MOST, _BYTES_AT_ONCE // max(1, step.num_bytes))
     return Loop(step, sampler, most) if most > 1 else None

@@ -78,6 +78,11 @@ class ProgramStep:
         """Tokens that have an embedding."""
         return self._program.vocabulary
 
+    @property
+    def hidden_size(self) -> int:
+        """Columns of the last hidden states."""
+        return self._program.hidden_size
+
     def _memory(self) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """Return the tables of each window, as they are now, and the pools of each layer."""
         self._cache.layers()
