@@ -297,7 +297,7 @@ def test_a_request_that_can_never_fit_is_named():
     with pytest.raises(ValueError, match=r"prompt 1 may grow to 50 tokens, whose .* need 4 blocks .* raise kv_memory"):
         engine.generate([[5], [5] * 20, [5]], max_new_tokens=30)
     assert engine.num_requests == 0
-    with pytest.raises(ValueError, match="kv_memory must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="kv_memory must be a whole number, at least 1, got 0"):
         Engine(model, kv_memory=0)
 
 
